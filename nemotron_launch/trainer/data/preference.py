@@ -1,0 +1,302 @@
+"""Preference pairs for DPO: rows of several formats to token ids of a prompt with a chosen and a rejected answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nemotron_launch.errors import UserError
+from nemotron_launch.trainer.data.messages import (
+    FIRST_ROWS,
+    TemplateBreaksPrefix,
+    as_messages,
+    as_text,
+    chunked,
+    closed,
+    is_answered,
+    opened,
+    overlong_share,
+    plain_text,
+    refuse_template,
+    render,
+    rest_of,
+)
+from nemotron_launch.trainer.data.sources import BadRow, BadRows, read_rows
+from nemotron_launch.trainer.tokenizer import Message, Tokenizer
+
+#: Rows whose texts go to the tokenizer at once: enough to keep its threads busy, few enough to stay small in memory.
+_ROWS_AT_ONCE = 1024
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PreferencePair:
+    """One prompt with two answers, as token ids (int32).
+
+    chosen_ids and rejected_ids both begin with the same `prompt_len` tokens (at least 1: BOS and the template's
+    assistant header count as prompt); the rest is the answer with its EOS, and is what the loss is about. overlong:
+    one of them was longer than the limit, both are cut to a stub, and the pair counts in its batch but in no norm.
+    source: file and line.
+    """
+
+    prompt_len: int
+    chosen_ids: np.ndarray
+    rejected_ids: np.ndarray
+    source: str
+    overlong: bool = False
+
+    @property
+    def prompt_ids(self) -> np.ndarray:
+        return self.chosen_ids[: self.prompt_len]
+
+    @property
+    def chosen_answer(self) -> np.ndarray:
+        return self.chosen_ids[self.prompt_len :]
+
+    @property
+    def rejected_answer(self) -> np.ndarray:
+        return self.rejected_ids[self.prompt_len :]
+
+
+@dataclass(frozen=True, slots=True)
+class _Texts:
+    """A pair between the row and its ids. messages: how many each conversation has, for the cut of overlong ones."""
+
+    source: str
+    messages: int
+    prompt: str
+    chosen: str
+    rejected: str
+
+
+def load_preferences(
+    section: Mapping[str, Any],
+    *,
+    tokenizer: Tokenizer,
+    max_length: int,
+    step_dir: Path | None = None,
+    max_bad_rows: float = 0.0,
+    key: str = "data.train",
+) -> tuple[list[PreferencePair], BadRows]:
+    """All pairs of one data section, in file order, and what was left out.
+
+    section: where the rows are (see `read_rows`), and their format: `dataset_name` PreferenceDataset (`context`,
+    `completions` with ranks), BinaryPreferenceDataset (`prompt_key`, `chosen_key`, `rejected_key`), HelpSteer3,
+    Tulu3Preference; without one, rows with `completions` are the first kind and all others the second.
+    max_length: tokens of the longest sequence. max_bad_rows: share (0 to 1) of unusable rows above which UserError is
+    raised. A tie is a bad row, also in HelpSteer3, where NeMo-RL would train on two equal answers.
+
+    Token maths as NeMo-RL's preference_preprocessor: trailing newlines of the answer are cut, BOS and EOS added where
+    absent, overlong pairs cut to at most 4 tokens a message and taken out of the loss. Its loss also covers the
+    assistant's header that the template writes; here the header is prompt, as in trl: it is the same for both answers
+    and cancels in the preference loss.
+    """
+    parse = _format(section, key)
+    bad = BadRows()
+    pairs: list[PreferencePair] = []
+    for chunk in chunked(_texts(section, parse, tokenizer, step_dir, key, bad), _ROWS_AT_ONCE):
+        ids = tokenizer.encode_batch([text for texts in chunk for text in (texts.prompt, texts.chosen, texts.rejected)])
+        for i, texts in enumerate(chunk):
+            try:
+                pairs.append(_pair(texts, *ids[3 * i : 3 * i + 3], tokenizer=tokenizer, max_length=max_length))
+            except BadRow as problem:
+                bad.add(str(problem), texts.source)
+    bad.overlong = sum(pair.overlong for pair in pairs)
+    bad.stop_if_too_many(max_bad_rows, key=key)
+    return pairs, bad
+
+
+def _texts(
+    section: Mapping[str, Any],
+    parse: Callable[[Mapping[str, Any]], _Answers],
+    tokenizer: Tokenizer,
+    step_dir: Path | None,
+    key: str,
+    bad: BadRows,
+) -> Iterator[_Texts]:
+    for row in read_rows(section, step_dir=step_dir, key=key):
+        bad.total += 1
+        try:
+            if row.data is None:
+                raise BadRow(row.problem)
+            yield _rendered(parse(row.data), row.place, tokenizer)
+        except TemplateBreaksPrefix as problem:
+            if bad.total <= FIRST_ROWS:
+                raise refuse_template(problem, row.place) from problem
+            bad.add("the chat template does not extend its own prefix", row.place)
+        except BadRow as problem:
+            bad.add(str(problem), row.place)
+
+
+def _rendered(answers: _Answers, place: str, tokenizer: Tokenizer) -> _Texts:
+    """The texts that the tokenizer sees, prompt and answers apart."""
+    context, chosen, rejected = answers.context, answers.chosen, answers.rejected
+    if not is_answered(chosen) or not is_answered(rejected):
+        raise BadRow("empty completion")
+    if chosen == rejected:
+        raise BadRow("chosen equals rejected")
+    if not tokenizer.has_chat_template:
+        texts = [plain_text(messages) for messages in (context, [chosen], [rejected])]
+    else:
+        prompt = render(tokenizer, context, add_generation_prompt=True, tools=answers.tools)
+        texts = [prompt]
+        for answer in (chosen, rejected):
+            full = render(tokenizer, [*context, answer], add_generation_prompt=False, tools=answers.tools)
+            texts.append(rest_of(full, prompt))
+    return _Texts(place, len(context) + 1, texts[0], texts[1].rstrip("\n"), texts[2].rstrip("\n"))
+
+
+def _pair(
+    texts: _Texts,
+    prompt: np.ndarray,
+    chosen: np.ndarray,
+    rejected: np.ndarray,
+    *,
+    tokenizer: Tokenizer,
+    max_length: int,
+) -> PreferencePair:
+    prompt = opened(prompt, tokenizer.bos_id)
+    chosen, rejected = closed(chosen, tokenizer.eos_id), closed(rejected, tokenizer.eos_id)
+    if not prompt.size:
+        raise BadRow("empty prompt, and the tokenizer has no BOS to begin with")
+    if np.array_equal(chosen, rejected):
+        raise BadRow("chosen equals rejected")
+    if prompt.size > max_length:
+        raise BadRow(f"prompt longer than the limit of {max_length} tokens")
+    overlong = prompt.size + max(chosen.size, rejected.size) > max_length
+    if overlong:
+        share = overlong_share(texts.messages, max_length)
+        # Where there are more messages than the limit has tokens, one token of prompt and one of answer remain.
+        prompt = prompt[: min(max(share * (texts.messages - 1), 1), max_length - share)]
+        chosen, rejected = chosen[:share], rejected[:share]
+    return PreferencePair(
+        prompt_len=int(prompt.size),
+        chosen_ids=np.concatenate([prompt, chosen]),
+        rejected_ids=np.concatenate([prompt, rejected]),
+        source=texts.source,
+        overlong=overlong,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Answers:
+    """A row, whatever its format: the conversation so far and two assistant messages."""
+
+    context: list[Message]
+    chosen: Message
+    rejected: Message
+    tools: Any = None
+
+
+def _format(section: Mapping[str, Any], key: str) -> Callable[[Mapping[str, Any]], _Answers]:
+    keys = [str(section.get(f"{name}_key") or name) for name in ("prompt", "chosen", "rejected")]
+
+    def binary(row: Mapping[str, Any]) -> _Answers:
+        return _binary(row, *keys)
+
+    def either(row: Mapping[str, Any]) -> _Answers:
+        return _ranked(row) if row.get("completions") is not None else binary(row)
+
+    formats = {
+        "PreferenceDataset": _ranked,
+        "BinaryPreferenceDataset": binary,
+        "HelpSteer3": _help_steer_3,
+        "Tulu3Preference": _tulu_3,
+    }
+    name = section.get("dataset_name")
+    if name and name not in formats:
+        raise UserError(
+            f"no preference format is called {name}",
+            where=f"{key}.dataset_name",
+            hint=f"known are {', '.join(formats)}",
+        )
+    return formats[name] if name else either
+
+
+def _binary(row: Mapping[str, Any], prompt_key: str, chosen_key: str, rejected_key: str) -> _Answers:
+    """{prompt, chosen, rejected}: texts or messages; answers may also be whole conversations."""
+    chosen, rejected = _answer(row, chosen_key), _answer(row, rejected_key)
+    prompt = row.get(prompt_key)
+    context = None if prompt is None else _context(prompt, prompt_key)
+    if not _is_conversation(chosen) and not _is_conversation(rejected):
+        if context is None:
+            raise BadRow(f"missing key {prompt_key}")
+        return _shared(context, chosen, rejected, row)
+    if context is not None and chosen[-1 - len(context) : -1] != context:
+        raise BadRow(f"{prompt_key} is not what the conversation in {chosen_key} answers")
+    return _shared([], chosen, rejected, row)
+
+
+def _ranked(row: Mapping[str, Any]) -> _Answers:
+    """{context, completions: [{rank, completion}, {rank, completion}]}: the lower rank is chosen."""
+    completions = row.get("completions")
+    if completions is None:
+        raise BadRow("missing key completions")
+    if not isinstance(completions, list) or not all(isinstance(one, Mapping) for one in completions):
+        raise BadRow("completions is not a list of objects")
+    if len(completions) != 2:
+        raise BadRow(f"{len(completions)} completions, not two")
+    ranks = [one.get("rank") for one in completions]
+    if not all(isinstance(rank, int | float) for rank in ranks):
+        raise BadRow("a completion has no rank")
+    if ranks[0] == ranks[1]:
+        raise BadRow("tie")
+    if row.get("context") is None:
+        raise BadRow("missing key context")
+    chosen, rejected = sorted(completions, key=lambda one: one["rank"])
+    context = _context(row["context"], "context")
+    return _shared(context, _answer(chosen, "completion"), _answer(rejected, "completion"), row)
+
+
+def _help_steer_3(row: Mapping[str, Any]) -> _Answers:
+    """{context, response1, response2, overall_preference}: below 0 the first is chosen, above 0 the second."""
+    preference = row.get("overall_preference")
+    if not isinstance(preference, int | float):
+        raise BadRow("overall_preference is missing or no number")
+    if preference == 0:
+        raise BadRow("tie")
+    if row.get("context") is None:
+        raise BadRow("missing key context")
+    first, second = _answer(row, "response1"), _answer(row, "response2")
+    chosen, rejected = (first, second) if preference < 0 else (second, first)
+    return _shared(_context(row["context"], "context"), chosen, rejected, row)
+
+
+def _tulu_3(row: Mapping[str, Any]) -> _Answers:
+    """{chosen, rejected}: whole conversations; the prompt column, a single text, is not read."""
+    return _shared([], _answer(row, "chosen"), _answer(row, "rejected"), row)
+
+
+def _context(value: Any, key: str) -> list[Message]:
+    return [{"role": "user", "content": value}] if isinstance(value, str) else as_messages(value, key)
+
+
+def _answer(row: Mapping[str, Any], key: str) -> list[Message]:
+    value = row.get(key)
+    if isinstance(value, list):
+        return as_messages(value, key)
+    return [{"role": "assistant", "content": as_text(row, key)}]
+
+
+def _is_conversation(messages: list[Message]) -> bool:
+    return len(messages) > 1 and messages[0]["role"] != "assistant"
+
+
+def _shared(context: list[Message], chosen: list[Message], rejected: list[Message], row: Mapping[str, Any]) -> _Answers:
+    """The pair behind what both answers begin with; each must then be one message of the assistant's."""
+    if not chosen or not rejected:
+        raise BadRow("empty completion")
+    same = 0
+    while same < min(len(chosen), len(rejected)) - 1 and chosen[same] == rejected[same]:
+        same += 1
+    context, chosen, rejected = [*context, *chosen[:same]], chosen[same:], rejected[same:]
+    if len(chosen) > 1 or len(rejected) > 1:
+        raise BadRow("chosen and rejected differ before their last message")
+    if chosen[0]["role"] != "assistant" or rejected[0]["role"] != "assistant":
+        raise BadRow("an answer is not the assistant's")
+    if not context:
+        raise BadRow("no prompt before the answers")
+    return _Answers(context, chosen[0], rejected[0], row.get("tools"))
