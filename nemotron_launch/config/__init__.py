@@ -1,0 +1,1 @@
+"""Configs: reading, composing, overriding and checking them. Light: imports YAML and nothing heavier."""
