@@ -282,6 +282,8 @@ def _precision(data: dict[str, Any]) -> Iterator[Problem]:
         yield Problem(
             "policy.device", "cuda, but cluster.gpus_per_node is 0", "set cluster.gpus_per_node, or policy.device=auto"
         )
+    if policy.get("device") == "cpu" and precision != "float32":
+        yield Problem("policy.precision", f"{precision} needs a GPU, and policy.device is cpu", "set it to float32")
 
 
 def _recompute(data: dict[str, Any]) -> Iterator[Problem]:
@@ -325,11 +327,11 @@ def _schedule(data: dict[str, Any], loop: str) -> Iterator[Problem]:
                 f"{value:g} is more than policy.megatron_cfg.optimizer.lr={optimizer['lr']:g}",
                 f"lower {key}, for example to 0",
             )
-    if style == "WSD" and not 0 < (schedule.get("lr_wsd_decay_iters") or 0) <= until:
+    if style == "WSD" and (schedule.get("lr_wsd_decay_iters") or 0) > until:
         yield Problem(
             f"{at}.lr_wsd_decay_iters",
-            f"WSD needs the steps of its decay, from 1 to {named}={until}",
-            f"set {at}.lr_wsd_decay_iters, for example to {max(1, until // 10)}",
+            f"{schedule['lr_wsd_decay_iters']} steps of decay are more than {named}={until}",
+            "lower it, or leave it null for a tenth of the steps",
         )
     start, end = schedule["start_weight_decay"], schedule["end_weight_decay"]
     if start != end and (schedule["weight_decay_incr_style"] == "constant" or end < start):
@@ -377,18 +379,11 @@ def validation_names(data: dict[str, Any]) -> list[str]:
 
 def _generation(data: dict[str, Any], loop: str) -> Iterator[Problem]:
     prompts = (data[loop].get("val_generation") or {}).get("num_prompts", 0)
-    shown = data["logger"].get("num_val_samples_to_print", 0)
     if prompts and not validation_names(data):
         yield Problem(
             f"{loop}.val_generation.num_prompts",
             f"{prompts} held-out prompts are to be answered, but there is no validation data",
             f"set data.validation.data_path, or {loop}.val_generation.num_prompts=0",
-        )
-    if shown > prompts:
-        yield Problem(
-            "logger.num_val_samples_to_print",
-            f"{shown} is more than {loop}.val_generation.num_prompts={prompts}",
-            f"set {loop}.val_generation.num_prompts to at least {shown}",
         )
 
 
@@ -430,7 +425,7 @@ def _metric(data: dict[str, Any], loop: str) -> Iterator[Problem]:
         yield Problem(
             key,
             f"{metric!r} does not say where the metric comes from",
-            f"write train:{name or metric} or val:{name or metric}, or null to keep the newest",
+            "write train:loss or val:validation-default_loss for example, or null to keep the newest",
         )
         return
     if source == "train":
@@ -442,9 +437,9 @@ def _metric(data: dict[str, Any], loop: str) -> Iterator[Problem]:
         yield Problem(
             key, f"{metric} needs validations, and {loop}.val_period is 0", f"set {loop}.val_period, or {key}=null"
         )
-    elif name.startswith("validation-") and not any(name.startswith(f"validation-{one}_") for one in sets):
+    elif not any(name.startswith(f"validation-{one}_") for one in sets):
         yield Problem(
             key,
             f"{metric} names no validation set of this config",
-            "write val:validation-<name>_loss; names: " + ", ".join(sets),
+            f"write val:validation-{sets[0]}_loss" + (f" (sets: {', '.join(sets)})" if len(sets) > 1 else ""),
         )

@@ -74,7 +74,6 @@ BASE: dict[str, Any] = {
         "ft_save_period": None,
         "ft_keep_latest_k": None,
     },
-    "logger": {"num_val_samples_to_print": 0},
     "cluster": {"num_nodes": 1, "gpus_per_node": 8, "procs_per_node": None},
 }
 INLINE = {
@@ -114,7 +113,6 @@ def test_sft_reads_its_own_loop() -> None:
     sft = config({})
     sft["sft"] = {key: sft["dpo"][key] for key in sft["dpo"] if not key.endswith("_weight")}
     del sft["dpo"]
-    sft["checkpointing"]["metric_name"] = "val:val_loss"
     assert check("sft/megatron", sft) == []
     sft["sft"]["val_global_batch_size"] = 12
     (problem,) = check("sft/megatron", sft)
@@ -235,6 +233,7 @@ WRONG: dict[str, tuple[str, str, str, dict[str, Any]]] = {
         "policy.device", "gpus_per_node is 0", "auto",
         {"policy.device": "cuda", "cluster.gpus_per_node": 0, "cluster.procs_per_node": 8},
     ),
+    "bfloat16 on CPU": ("policy.precision", "bfloat16 needs a GPU", "float32", {"policy.device": "cpu"}),
     "recompute modules that nothing reads": (
         f"{MEGATRON}.recompute_modules", "only when", "selective", {f"{MEGATRON}.recompute_modules": ["core_attn"]},
     ),
@@ -256,8 +255,9 @@ WRONG: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "first rate above the highest": (
         f"{SCHEDULE}.lr_warmup_init", "is more than", "lower", {f"{SCHEDULE}.lr_warmup_init": 1e-5},
     ),
-    "WSD without its decay": (
-        f"{SCHEDULE}.lr_wsd_decay_iters", "WSD needs", "to 10", {f"{SCHEDULE}.lr_decay_style": "WSD"},
+    "a decay of WSD longer than the run": (
+        f"{SCHEDULE}.lr_wsd_decay_iters", "101 steps", "null",
+        {f"{SCHEDULE}.lr_decay_style": "WSD", f"{SCHEDULE}.lr_wsd_decay_iters": 101},
     ),
     "constant weight decay that changes": (
         f"{SCHEDULE}.weight_decay_incr_style", "from 0.1 to 0.2", "linear", {f"{SCHEDULE}.end_weight_decay": 0.2},
@@ -276,9 +276,6 @@ WRONG: dict[str, tuple[str, str, str, dict[str, Any]]] = {
         "dpo.val_generation.num_prompts", "no validation data", "num_prompts=0",
         {"data.validation": None, "dpo.val_generation.num_prompts": 4, "checkpointing.metric_name": None},
     ),
-    "printing more than is generated": (
-        "logger.num_val_samples_to_print", "3 is more than", "at least 3", {"logger.num_val_samples_to_print": 3},
-    ),
     "time limit in hours": (
         "checkpointing.checkpoint_must_save_by", "'03:45:00' is not a time", "quotes",
         {"checkpointing.checkpoint_must_save_by": "03:45:00"},
@@ -291,7 +288,7 @@ WRONG: dict[str, tuple[str, str, str, dict[str, Any]]] = {
         {"checkpointing.pretrained_checkpoint": {"path": "out/checkpoints/step_50"}},
     ),
     "metric without its source": (
-        "checkpointing.metric_name", "'val_loss' does not say", "val:val_loss",
+        "checkpointing.metric_name", "'val_loss' does not say", "val:validation-default_loss",
         {"checkpointing.metric_name": "val_loss"},
     ),
     "validation metric without data": (
@@ -301,7 +298,7 @@ WRONG: dict[str, tuple[str, str, str, dict[str, Any]]] = {
         "checkpointing.metric_name", "dpo.val_period is 0", "null", {"dpo.val_period": 0},
     ),
     "metric of a set that is not there": (
-        "checkpointing.metric_name", "names no validation set", "names: default",
+        "checkpointing.metric_name", "names no validation set", "write val:validation-default_loss",
         {"checkpointing.metric_name": "val:validation-held_out_loss"},
     ),
 }  # fmt: skip
@@ -339,7 +336,14 @@ RIGHT: dict[str, dict[str, Any]] = {
         "data.validation": {"split": "test"},
         "data.default.data_path": "org/pairs",
     },
-    "bfloat16 on CPU": {"policy.device": "cpu", "cluster.gpus_per_node": 0, "cluster.procs_per_node": 8},
+    "float32 on CPU": {
+        "policy.device": "cpu",
+        "policy.precision": "float32",
+        f"{MEGATRON}.pipeline_dtype": "float32",
+        "cluster.gpus_per_node": 0,
+        "cluster.procs_per_node": 8,
+    },
+    "WSD takes a tenth of the steps unless told": {f"{SCHEDULE}.lr_decay_style": "WSD"},
     "a decay that goes on after the run": {
         f"{SCHEDULE}.lr_decay_style": "linear",
         f"{SCHEDULE}.lr_decay_iters": 1_000_000_000,
