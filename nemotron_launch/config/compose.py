@@ -90,10 +90,9 @@ def compose(
     data, problems = resolve(root, env if env is not None else os.environ)
     if described and not problems:
         problems = check(described, data)
-    sources = Provenance(root)
     if problems:
-        raise _report(problems, sources, config)
-    return Composed(config.stem, data, sources, tuple(files), tuple(overrides))
+        raise report(problems, root, config)
+    return Composed(config.stem, data, Provenance(root), tuple(files), tuple(overrides))
 
 
 # Files -------------------------------------------------------------------------------------------------------------
@@ -304,10 +303,12 @@ def _apply_aliases(root: Node, schema: Schema, order: dict[str, int], env: Mappi
 # Messages ----------------------------------------------------------------------------------------------------------
 
 
-def _report(problems: list[Problem], sources: Provenance, config: Path) -> UserError:
+def report(problems: list[Problem], root: Node, file: Path) -> UserError:
+    """One error that says all problems of a tree, each with the line of its key. `file` names the whole."""
+    sources = Provenance(root)
     placed = [(sources.source(problem.path), problem) for problem in problems]
     # A default goes wrong only through the key that it interpolates, which is reported itself.
-    return _together([pair for pair in placed if pair[0] is not DEFAULT] or placed, display(config))
+    return _together([pair for pair in placed if pair[0] is not DEFAULT] or placed, display(file))
 
 
 def _together(placed: list[tuple[Source, Problem]], config: str) -> UserError:

@@ -133,7 +133,7 @@ def _check_branches(
         words = _either([_KIND[kind] for kind in dict.fromkeys(kinds)])
         out.append(Problem(path, f"{_dotted(path)} must be {words}, got {_got(value)}"))
         return
-    out.extend(min((found for _, found in tried), key=lambda found: len(found)))
+    out.extend(min(tried, key=lambda pair: len(pair[1]))[1])
 
 
 def _fits_type(branch: Any, value: Any) -> bool:

@@ -1,0 +1,147 @@
+"""Runs a job on this machine, in the foreground: signals go through to it, its exit code comes back."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from importlib.util import find_spec
+from pathlib import Path
+from types import FrameType
+
+from nemotron_launch.catalog import Step
+from nemotron_launch.config.compose import compose
+from nemotron_launch.errors import UserError
+from nemotron_launch.inputs import check_inputs, stages
+from nemotron_launch.plan import Job
+from nemotron_launch.resources import display
+
+_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+_PR_SET_PDEATHSIG = 1
+_TRAINER = {"torch": "torch", "megatron": "megatron-core"}
+
+
+def run_stages(step: Step, config: Path, overrides: Sequence[str], passthrough: Sequence[str], *, runs: Path) -> int:
+    """Run a step here, first the steps that make what it lacks; the exit code of the last one that ran."""
+    composed = compose(config, overrides, schema=step.schema)
+    planned = stages(step, composed, passthrough, runs=runs)
+    for stage in planned:
+        check_machine(stage.job)
+    for stage in planned:
+        if stage.why:
+            _say(stage.why)
+        elif len(planned) > 1:
+            check_inputs(step, composed)
+            _say(f"now {stage.job.step} -c {stage.job.config}")
+        code = run_job(stage.job)
+        if code and stage is not planned[-1]:
+            _say(f"{stage.job.step} -c {stage.job.config} ended with exit code {code}: {step.id} was not started")
+        if code:
+            return code
+    return 0
+
+
+def _say(line: str) -> None:
+    print(f"nemotron: {line}", file=sys.stderr, flush=True)
+
+
+def run_job(job: Job) -> int:
+    """Place the job's files, run its command to the end, return its exit code (128 + n for signal n)."""
+    check_machine(job)
+    place_files(job)
+    with _signals_held() as held:
+        child = subprocess.Popen(
+            job.command,
+            env={**os.environ, **job.env},
+            stdin=subprocess.DEVNULL,
+            # Its own group: a Ctrl-C reaches only us, and we pass it on once, instead of twice by two ways.
+            process_group=0,
+            preexec_fn=_die_with_parent(os.getpid()),
+        )
+        held.forward_to(child)
+        code = child.wait()
+    return code if code >= 0 else 128 - code
+
+
+def check_machine(job: Job) -> None:
+    """Raise where this machine cannot run the job: several nodes, or no trainer installed."""
+    if job.nodes > 1:
+        raise UserError(
+            f"cluster.num_nodes={job.nodes}, but this machine is one node",
+            hint="set cluster.num_nodes=1; processes of one node are cluster.procs_per_node or cluster.gpus_per_node",
+        )
+    absent = [package for module, package in _TRAINER.items() if find_spec(module) is None]
+    if absent and "nemotron_launch.trainer.spawn" in job.command:
+        raise UserError(
+            f"{job.step} trains in this Python, which lacks {' and '.join(absent)}",
+            hint="install the trainer:  pip install 'nemotron-launch[train]'   (with uv:  uv sync --extra train)",
+            exit_code=1,
+        )
+
+
+def place_files(job: Job) -> None:
+    """Write the job's files into its folder, readable by nobody else: a config may name what is private."""
+    home = job.run_dir.parent.parent
+    try:
+        job.run_dir.mkdir(parents=True, mode=0o700)
+        if home.name == ".nemotron" and not (home / ".gitignore").exists():
+            (home / ".gitignore").write_text("*\n")
+        for file in job.files:
+            path = job.run_dir / file.path
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch(mode=0o600)
+            path.write_text(file.text, encoding="utf-8")
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise UserError(f"cannot be written: {reason}", where=display(Path(error.filename or job.run_dir))) from None
+
+
+class _Held:
+    """Signals that arrive before there is a child are kept and sent to it then."""
+
+    def __init__(self) -> None:
+        self.child: subprocess.Popen[bytes] | None = None
+        self.waiting: list[int] = []
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if self.child is None:
+            self.waiting.append(number)
+        else:
+            with suppress(ProcessLookupError):
+                self.child.send_signal(number)
+
+    def forward_to(self, child: subprocess.Popen[bytes]) -> None:
+        self.child = child
+        for number in self.waiting:
+            self(number, None)
+
+
+@contextmanager
+def _signals_held() -> Iterator[_Held]:
+    held = _Held()
+    before = {number: signal.getsignal(number) for number in _FORWARDED}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:  # nohup stays nohup
+            signal.signal(number, held)
+    try:
+        yield held
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _die_with_parent(parent: int) -> Callable[[], None]:
+    """A killed launcher takes its run with it: else a second start would find the first still writing."""
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+
+    def in_child() -> None:
+        if prctl:
+            prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() != parent:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    return in_child

@@ -1,0 +1,161 @@
+"""Whether what a step consumes is there, and which step makes it when it is not. For runs on this machine."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nemotron_launch.catalog import Step, find_config, find_step, is_a, load_artifacts, load_steps
+from nemotron_launch.config.compose import Composed, compose
+from nemotron_launch.errors import UserError
+from nemotron_launch.plan import Artifact, Job, new_run_id, plan_job
+from nemotron_launch.trainer.checkpoints import resolve_checkpoint
+from nemotron_launch.trainer.paths import is_hub_id, resolve_path
+
+_DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One job of what a command has to run. `why` is empty for the step that was asked for."""
+
+    job: Job
+    why: str
+
+
+def stages(
+    step: Step, composed: Composed, passthrough: Sequence[str], *, runs: Path, fresh_ids: bool = True
+) -> list[Stage]:
+    """What to run here, in order: the steps that make missing artifacts (`run.make_missing`), then the step itself.
+
+    UserError: something is missing and no step is named to make it, or the named step would leave it elsewhere.
+    """
+    return [*_makers(step, composed, runs, fresh_ids, ()), _stage(step, composed, passthrough, runs, fresh_ids, "")]
+
+
+def check_inputs(step: Step, composed: Composed) -> None:
+    """Raise on the first consumed artifact that is not there."""
+    for artifact, error in _missing(step, composed):
+        raise _nobody_makes(step, composed, artifact, error)
+
+
+def _stage(step: Step, composed: Composed, passthrough: Sequence[str], runs: Path, fresh: bool, why: str) -> Stage:
+    run_id = new_run_id(step, composed) if fresh else None
+    return Stage(plan_job(step, composed, passthrough, runs=runs, run_id=run_id), why)
+
+
+def _makers(step: Step, composed: Composed, runs: Path, fresh: bool, chain: tuple[str, ...]) -> Iterator[Stage]:
+    for artifact, error in _missing(step, composed):
+        named = composed.get(f"run.make_missing.{artifact.type}")
+        if named is None:
+            raise _nobody_makes(step, composed, artifact, error)
+        key = f"run.make_missing.{artifact.type}"
+        maker = find_step(str(named["step"]))
+        config = find_config(maker, str(named["config"]))
+        label = f"{maker.id} -c {named['config']}"
+        if label in chain:
+            circle = " → ".join([*chain, label])
+            raise composed.problem(key, f"run.make_missing goes in a circle: {circle}")
+        made = compose(config, schema=maker.schema)
+        left = _left_in(maker, made, artifact)
+        if left is None or not _same_place(left, str(artifact.value)):
+            raise composed.problem(
+                artifact.key,
+                f"{artifact.key}: {artifact.value} is not there, and {label} leaves its {artifact.type} in {left}",
+                f"set {artifact.key}={left}, or make it yourself" if left else f"choose another step in {key}",
+            )
+        if error or not _finished(made):
+            state = "is not there yet" if error else "is not finished"
+            yield from _makers(maker, made, runs, fresh, (*chain, label))
+            why = f"{artifact.type} {artifact.value} {state}: running {label} first (run.make_missing)"
+            yield _stage(maker, made, (), runs, fresh, why)
+
+
+def _missing(step: Step, composed: Composed) -> Iterator[tuple[Artifact, UserError | None]]:
+    """The consumed artifacts that are not there, with the reason; None: there, but another step may not be done."""
+    types = load_artifacts()
+    for port in step.consumes:
+        value = composed.get(port.key)
+        if value is None:
+            continue  # whether it may be null is for the schema and the checks to say
+        artifact = Artifact(port.type, port.required, port.key, value)
+        try:
+            if is_a(types, port.type, "training_jsonl"):
+                _check_data(step, artifact)
+            elif port.type == "checkpoint_megatron":
+                resolve_checkpoint(resolve_path(str(value), step.folder, port.key), where=port.key)
+                if composed.get(f"run.make_missing.{port.type}") and _made_by_named(step, composed, artifact):
+                    yield artifact, None
+            elif not (port.type == "checkpoint_hf" and is_hub_id(str(value))):
+                path = resolve_path(str(value), step.folder, port.key)
+                if not path.exists():
+                    raise UserError(f"there is no {port.type} {value}", where=port.key)
+        except UserError as error:
+            yield artifact, error
+
+
+def _made_by_named(step: Step, composed: Composed, artifact: Artifact) -> bool:
+    """Whether the artifact that is there is the one that the named step makes, and perhaps has not finished."""
+    named = composed.get(f"run.make_missing.{artifact.type}")
+    maker = find_step(str(named["step"]))
+    made = compose(find_config(maker, str(named["config"])), schema=maker.schema)
+    left = _left_in(maker, made, artifact)
+    return left is not None and _same_place(left, str(artifact.value))
+
+
+def _check_data(step: Step, artifact: Artifact) -> None:
+    entries = artifact.value if isinstance(artifact.value, list) else [artifact.value]
+    for entry in entries:
+        path = resolve_path(str(entry), step.folder, artifact.key)
+        if path.exists() or glob.glob(str(path), recursive=True):
+            continue
+        if is_hub_id(str(entry)) and path.suffix not in _DATA_SUFFIXES:
+            continue
+        what = "no file matches" if glob.has_magic(str(path)) else "there is no file"
+        raise UserError(f"{what} {entry}", where=artifact.key)
+
+
+def _left_in(maker: Step, made: Composed, artifact: Artifact) -> str | None:
+    """Where the step that makes an artifact leaves it."""
+    types = load_artifacts()
+    for port in maker.produces:
+        if is_a(types, port.type, artifact.type):
+            value = made.get(port.key)
+            return None if value is None else str(value)
+    return None
+
+
+def _same_place(left: str, wanted: str) -> bool:
+    """Whether `wanted` is the folder `left` or lies in it (a step_N)."""
+    folder, path = (Path(os.path.abspath(Path(text).expanduser())) for text in (left, wanted))
+    return path == folder or folder in path.parents
+
+
+def _finished(made: Composed) -> bool:
+    """Whether the making run ended well; a folder that only holds its checkpoints counts as finished."""
+    output = Path(str(made.get("output_dir", "")))
+    if not (output / "metrics.jsonl").exists():
+        return True
+    try:
+        return (output / "exit_code").read_text().strip() == "0"
+    except OSError:
+        return False
+
+
+def _nobody_makes(step: Step, composed: Composed, artifact: Artifact, error: UserError | None) -> UserError:
+    types = load_artifacts()
+    makers = [
+        other
+        for other in load_steps()
+        if other.id != step.id and any(is_a(types, port.type, artifact.type) for port in other.produces)
+    ]
+    hints = [error.hint] if error and error.hint else []
+    for maker in makers:
+        port = next(port for port in maker.produces if is_a(types, port.type, artifact.type))
+        hints.append(f"make it:  nemotron steps run {maker.id} {port.key}={artifact.value}")
+    message = error.message if error else f"there is no {artifact.type} {artifact.value}"
+    where = composed.sources.where(artifact.key)
+    return UserError(f"{artifact.key}: {message}", where=where, hint="\n".join(hints) or None)
