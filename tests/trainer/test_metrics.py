@@ -188,14 +188,15 @@ def test_wandb_gets_every_step_offline_and_a_resume_keeps_its_id(tmp_path, monke
     run_steps(tmp_path, range(3, 4), logger, resume_step=2)
     assert json.loads((tmp_path / "logger_ids.json").read_text()) == first
     files = sorted(
-        path.parent.parent.parent.name for path in tmp_path.glob(f"logs/exp_*/wandb/*/run-{first['wandb']}.wandb")
+        path.parent.parent.parent.name
+        for path in tmp_path.glob(f"logs/exp_*/wandb/offline-run-*/run-{first['wandb']}.wandb")
     )
     assert files == ["exp_001", "exp_002"]
 
 
 def test_mlflow_gets_every_step_and_a_resume_goes_on_in_the_same_run(tmp_path, monkeypatch):
     mlflow = pytest.importorskip("mlflow")
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # recent ones want a database by default
     uri = (tmp_path / "mlruns").as_uri()
     logger = {**OFF, "mlflow_enabled": True, "mlflow": {"experiment_name": "test", "tracking_uri": uri}}
     run_steps(tmp_path, range(1, 3), logger, config={"dpo": {"seed": 1}})
