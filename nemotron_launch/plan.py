@@ -118,7 +118,7 @@ def check_sizes(step: Step, composed: Composed) -> None:
     """Raise what no schema can say: batch sizes, parallel sizes, keys that need each other."""
     found = checks.check(step.id, composed.data)
     if found:
-        problems = [Problem(tuple(p.key.split(".")), f"{p.key} {p.message}", p.hint) for p in found]
+        problems = [Problem(tuple(p.key.split(".")), f"{p.key}: {p.message}", p.hint) for p in found]
         raise report(problems, composed.sources.root, composed.files[0])
 
 
