@@ -1,0 +1,84 @@
+"""Writes the data of the tiny configs: `python steps/make_tiny_data.py` renews the committed files byte for byte.
+
+The task is to sort five different digits. `sort 31524: ` has two right answers, ascending `12345` and descending
+`54321`. sft/megatron learns both, half and half; rl/nemo_rl/dpo prefers the ascending one, so that greedy exact match
+with it rises from one half to nearly one.
+
+Which style an SFT row has leans on its prompt: four in five of those that begin with 0 to 4 are ascending, four in
+five of the others descending. Were it a coin's toss, the trained policy's greedy answers would tip to one style for
+all prompts alike, by the noise of the last batches; so they are half and half whatever the seed.
+
+Held-out prompts are the same for both steps, in no training file of either, and alternate between the two kinds.
+"""
+
+from __future__ import annotations
+
+import json
+from hashlib import sha256
+from itertools import chain, permutations
+from pathlib import Path
+
+STEPS = Path(__file__).parent
+SFT_DATA = STEPS / "sft/megatron/data"
+DPO_DATA = STEPS / "rl/nemo_rl/dpo/data"
+
+# Rows of each kind (first digit below 5, or not); a file has twice as many.
+HELD_OUT, SFT_TRAIN, DPO_TRAIN = 60, 1400, 500
+LEAN_OF = 5  # all but one of so many rows have their kind's style
+
+
+def shuffled(digits: list[str]) -> list[str]:
+    """In the order of their hashes: unlike `random`, the same under every Python."""
+    return sorted(digits, key=lambda each: sha256(each.encode()).digest())
+
+
+def alternating(low: list[str], high: list[str]) -> list[str]:
+    return list(chain.from_iterable(zip(low, high, strict=True)))
+
+
+def ascending(digits: str) -> str:
+    return "".join(sorted(digits))
+
+
+def descending(digits: str) -> str:
+    return ascending(digits)[::-1]
+
+
+def styled(low: list[str], high: list[str]) -> list[dict[str, str]]:
+    """SFT rows: `low` ascending and `high` descending, every fifth of either the other way round."""
+    styles = [
+        (descending, ascending) if i % LEAN_OF == LEAN_OF - 1 else (ascending, descending) for i in range(len(low))
+    ]
+    return [
+        {"prompt": f"sort {digits}: ", "response": style(digits)}
+        for digits, style in zip(alternating(low, high), chain.from_iterable(styles), strict=True)
+    ]
+
+
+def preferred(low: list[str], high: list[str]) -> list[dict[str, str]]:
+    return [
+        {"prompt": f"sort {digits}: ", "chosen": ascending(digits), "rejected": descending(digits)}
+        for digits in alternating(low, high)
+    ]
+
+
+def write(path: Path, rows: list[dict[str, str]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8", newline="\n")
+
+
+def main(sft_data: Path = SFT_DATA, dpo_data: Path = DPO_DATA) -> None:
+    prompts = shuffled(["".join(digits) for digits in permutations("0123456789", 5)])
+    kinds = [[digits for digits in prompts if (digits[0] < "5") is low] for low in (True, False)]
+    bounds = [0, HELD_OUT, HELD_OUT + SFT_TRAIN, HELD_OUT + SFT_TRAIN + DPO_TRAIN]
+    held_out, sft_train, dpo_train = (
+        [kind[start:end] for kind in kinds] for start, end in zip(bounds, bounds[1:], strict=False)
+    )
+    write(sft_data / "train.jsonl", styled(*sft_train))
+    write(sft_data / "validation.jsonl", styled(*held_out))
+    write(dpo_data / "train.jsonl", preferred(*dpo_train))
+    write(dpo_data / "validation.jsonl", preferred(*held_out))
+
+
+if __name__ == "__main__":
+    main()
