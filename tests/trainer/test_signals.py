@@ -79,3 +79,39 @@ def test_usr2_prints_the_stacks_and_training_goes_on():
     """)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert "a_function_in_which_it_hangs" in done.stderr
+
+
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(tmp_path):
+    pytest.importorskip("torch")
+    script = tmp_path / "train.py"
+    script.write_text(
+        textwrap.dedent(f"""
+            import os, signal, sys, time
+            from pathlib import Path
+            from nemotron_launch.trainer.signals import StopRequest
+            request = StopRequest()
+            import torch
+            from torch import distributed
+            distributed.init_process_group("gloo")
+            rank = distributed.get_rank()
+
+            def any_rank(flag):
+                wish = torch.tensor(float(flag))
+                distributed.all_reduce(wish, distributed.ReduceOp.MAX)
+                return bool(wish)
+
+            request.over(any_rank)
+            for step in range(1, 10_000):
+                time.sleep(0.001 * rank)  # the ranks are not in step
+                if rank == 1 and step == 50:
+                    os.kill(os.getpid(), signal.SIGUSR1)
+                if request.agree(False, step):
+                    break
+            Path({str(tmp_path)!r}, f"stopped-{{rank}}").write_text(f"{{step}} {{request.signal_name}}")
+            distributed.destroy_process_group()
+            sys.exit(85)
+        """)
+    )
+    command = [sys.executable, "-m", "nemotron_launch.trainer.spawn", "--procs", "2", "--", str(script)]
+    assert subprocess.run(command, check=False, timeout=60).returncode == 85
+    assert [(tmp_path / f"stopped-{rank}").read_text() for rank in (0, 1)] == ["50 None", "50 SIGUSR1"]
