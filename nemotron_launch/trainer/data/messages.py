@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
 from nemotron_launch.errors import UserError
 from nemotron_launch.trainer.data.sources import BadRow
+from nemotron_launch.trainer.paths import resolve_path
 from nemotron_launch.trainer.tokenizer import Message, Tokenizer
 
 T = TypeVar("T")
@@ -66,6 +69,56 @@ def _as_message(message: Any, key: str) -> Message:
 def is_answered(message: Message) -> bool:
     """Whether a message says anything: text that is not blank, or tool calls."""
     return bool(message["content"].strip() or message.get("tool_calls"))
+
+
+@dataclass(frozen=True)
+class Framing:
+    """What a data section puts around every conversation. question: a text in which {} is the first user message."""
+
+    system: str | None = None
+    question: str | None = None
+
+    def around(self, messages: list[Message]) -> list[Message]:
+        """The messages with the question filled in, and the system message in front where there is none."""
+        if self.question is not None:
+            first = next((i for i, message in enumerate(messages) if message["role"] == "user"), None)
+            if first is not None:
+                asked = {**messages[first], "content": self.question.format(messages[first]["content"])}
+                messages = [*messages[:first], asked, *messages[first + 1 :]]
+        if self.system and not (messages and messages[0]["role"] == "system"):
+            messages = [{"role": "system", "content": self.system}, *messages]
+        return messages
+
+
+def load_framing(section: Mapping[str, Any], tokenizer: Tokenizer, step_dir: Path | None, key: str) -> Framing:
+    """A section's `system_prompt` (or its `system_prompt_file`) and `prompt_file`. Raises UserError for unusable ones."""
+
+    def text(name: str) -> str | None:
+        if not section.get(name):
+            return None
+        path = resolve_path(section[name], step_dir, f"{key}.{name}")
+        if not path.is_file():
+            raise UserError(f"no such file: {path}", where=f"{key}.{name}")
+        return path.read_text(encoding="utf-8")
+
+    question = text("prompt_file")
+    if question is not None:
+        try:
+            question.format("")
+        except (IndexError, KeyError, ValueError) as error:
+            raise UserError(
+                f"{section['prompt_file']} is no prompt template ({type(error).__name__}: {error})",
+                where=f"{key}.prompt_file",
+                hint="{} stands for the prompt; write other braces twice",
+            ) from error
+    system = section.get("system_prompt") or text("system_prompt_file")
+    if (system or section.get("system_key")) and not tokenizer.has_chat_template:
+        raise UserError(
+            "a system prompt needs a chat template",
+            where=key,
+            hint="set policy.tokenizer.chat_template, or leave the system prompt out",
+        )
+    return Framing(system, question)
 
 
 def plain_text(messages: Sequence[Message]) -> str:

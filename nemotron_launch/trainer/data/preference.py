@@ -12,12 +12,14 @@ import numpy as np
 from nemotron_launch.errors import UserError
 from nemotron_launch.trainer.data.messages import (
     FIRST_ROWS,
+    Framing,
     TemplateBreaksPrefix,
     as_messages,
     as_text,
     chunked,
     closed,
     is_answered,
+    load_framing,
     opened,
     overlong_share,
     plain_text,
@@ -25,7 +27,7 @@ from nemotron_launch.trainer.data.messages import (
     render,
     rest_of,
 )
-from nemotron_launch.trainer.data.sources import BadRow, BadRows, read_rows
+from nemotron_launch.trainer.data.sources import BadRow, BadRows, Row, read_rows
 from nemotron_launch.trainer.tokenizer import Message, Tokenizer
 
 #: Rows whose texts go to the tokenizer at once: enough to keep its threads busy, few enough to stay small in memory.
@@ -85,7 +87,7 @@ def load_preferences(
 
     section: where the rows are (see `read_rows`), and their format: `dataset_name` PreferenceDataset (`context`,
     `completions` with ranks), BinaryPreferenceDataset (`prompt_key`, `chosen_key`, `rejected_key`), HelpSteer3,
-    Tulu3Preference; without one, rows with `completions` are the first kind and all others the second.
+    Tulu3Preference; without one, each row's columns tell. `system_prompt_file` and `prompt_file`: see `Framing`.
     max_length: tokens of the longest sequence. max_bad_rows: share (0 to 1) of unusable rows above which UserError is
     raised. A tie is a bad row, also in HelpSteer3, where NeMo-RL would train on two equal answers.
 
@@ -95,9 +97,11 @@ def load_preferences(
     and cancels in the preference loss.
     """
     parse = _format(section, key)
+    framing = load_framing(section, tokenizer, step_dir, key)
     bad = BadRows()
     pairs: list[PreferencePair] = []
-    for chunk in chunked(_texts(section, parse, tokenizer, step_dir, key, bad), _ROWS_AT_ONCE):
+    rows = read_rows(section, step_dir=step_dir, key=key)
+    for chunk in chunked(_texts(rows, parse, framing, tokenizer, bad), _ROWS_AT_ONCE):
         ids = tokenizer.encode_batch([text for texts in chunk for text in (texts.prompt, texts.chosen, texts.rejected)])
         for i, texts in enumerate(chunk):
             try:
@@ -110,19 +114,18 @@ def load_preferences(
 
 
 def _texts(
-    section: Mapping[str, Any],
+    rows: Iterator[Row],
     parse: Callable[[Mapping[str, Any]], _Answers],
+    framing: Framing,
     tokenizer: Tokenizer,
-    step_dir: Path | None,
-    key: str,
     bad: BadRows,
 ) -> Iterator[_Texts]:
-    for row in read_rows(section, step_dir=step_dir, key=key):
+    for row in rows:
         bad.total += 1
         try:
             if row.data is None:
                 raise BadRow(row.problem)
-            yield _rendered(parse(row.data), row.place, tokenizer)
+            yield _rendered(parse(row.data), framing, row.place, tokenizer)
         except TemplateBreaksPrefix as problem:
             if bad.total <= FIRST_ROWS:
                 raise refuse_template(problem, row.place) from problem
@@ -131,9 +134,9 @@ def _texts(
             bad.add(str(problem), row.place)
 
 
-def _rendered(answers: _Answers, place: str, tokenizer: Tokenizer) -> _Texts:
+def _rendered(answers: _Answers, framing: Framing, place: str, tokenizer: Tokenizer) -> _Texts:
     """The texts that the tokenizer sees, prompt and answers apart."""
-    context, chosen, rejected = answers.context, answers.chosen, answers.rejected
+    context, chosen, rejected = framing.around(answers.context), answers.chosen, answers.rejected
     if not is_answered(chosen) or not is_answered(rejected):
         raise BadRow("empty completion")
     if chosen == rejected:
@@ -198,7 +201,9 @@ def _format(section: Mapping[str, Any], key: str) -> Callable[[Mapping[str, Any]
         return _binary(row, *keys)
 
     def either(row: Mapping[str, Any]) -> _Answers:
-        return _ranked(row) if row.get("completions") is not None else binary(row)
+        if row.get("completions") is not None:
+            return _ranked(row)
+        return _help_steer_3(row) if row.get("overall_preference") is not None else binary(row)
 
     formats = {
         "PreferenceDataset": _ranked,

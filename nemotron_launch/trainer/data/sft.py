@@ -12,12 +12,14 @@ import numpy as np
 from nemotron_launch.errors import UserError
 from nemotron_launch.trainer.data.messages import (
     FIRST_ROWS,
+    Framing,
     TemplateBreaksPrefix,
     as_messages,
     as_text,
     chunked,
     closed,
     is_answered,
+    load_framing,
     opened,
     overlong_share,
     plain_text,
@@ -28,7 +30,7 @@ from nemotron_launch.trainer.data.messages import (
 from nemotron_launch.trainer.data.sources import BadRow, BadRows, Row, read_rows
 from nemotron_launch.trainer.tokenizer import Message, Tokenizer
 
-#: Keys of a prompt and its response, where the section names none: ours, then NeMo-RL's.
+#: Keys of a prompt and its response, ours and NeMo-RL's: either is read where a section names no others.
 _PROMPT_KEYS = (("prompt", "response"), ("input", "output"))
 
 _FORMATS = ("ResponseDataset", "openai_format")
@@ -67,10 +69,9 @@ class _Form:
     """How the rows of a section are read; the fields are the section's keys."""
 
     chat_key: str
-    input_key: str | None
-    output_key: str | None
+    input_key: str
+    output_key: str
     system_key: str | None
-    system_prompt: str | None
     tool_key: str | None
 
 
@@ -90,7 +91,8 @@ def load_sft(
 
     section: where the rows are (see `read_rows`), and their keys: `chat_key` (default messages) with `tool_key`
     (default tools), or `input_key` and `output_key` (default prompt and response, else input and output);
-    `system_key` names a column with the system message, `system_prompt` is one for rows without.
+    `system_key` names a column with the system message; `system_prompt` (or `system_prompt_file`) is one for rows
+    without, `prompt_file` a text around the first user message, see `Framing`.
     max_length: tokens of the longest sequence. max_bad_rows: share (0 to 1) of unusable rows above which UserError is
     raised. add_bos, add_eos: put BOS first and EOS last where absent.
 
@@ -106,22 +108,16 @@ def load_sft(
         )
     form = _Form(
         chat_key=section.get("chat_key") or "messages",
-        input_key=section.get("input_key"),
-        output_key=section.get("output_key"),
+        input_key=section.get("input_key") or "prompt",
+        output_key=section.get("output_key") or "response",
         system_key=section.get("system_key"),
-        system_prompt=section.get("system_prompt"),
         tool_key=section.get("tool_key", "tools"),
     )
-    if (form.system_prompt or form.system_key) and not tokenizer.has_chat_template:
-        raise UserError(
-            "a system prompt needs a chat template",
-            where=key,
-            hint="set policy.tokenizer.chat_template, or leave it out",
-        )
+    framing = load_framing(section, tokenizer, step_dir, key)
     bad = BadRows()
     examples: list[SFTExample] = []
     rows = read_rows(section, step_dir=step_dir, key=key)
-    for chunk in chunked(_texts(rows, form, tokenizer, not add_generation_prompt, bad), _ROWS_AT_ONCE):
+    for chunk in chunked(_texts(rows, form, framing, tokenizer, not add_generation_prompt, bad), _ROWS_AT_ONCE):
         ids = iter(tokenizer.encode_batch([piece for texts in chunk for piece in texts.pieces]))
         for texts in chunk:
             pieces = [next(ids) for _ in texts.pieces]
@@ -135,14 +131,14 @@ def load_sft(
 
 
 def _texts(
-    rows: Iterator[Row], form: _Form, tokenizer: Tokenizer, header_in_loss: bool, bad: BadRows
+    rows: Iterator[Row], form: _Form, framing: Framing, tokenizer: Tokenizer, header_in_loss: bool, bad: BadRows
 ) -> Iterator[_Texts]:
     for row in rows:
         bad.total += 1
         try:
             if row.data is None:
                 raise BadRow(row.problem)
-            messages = _conversation(row.data, form)
+            messages = framing.around(_conversation(row.data, form))
             if tokenizer.has_chat_template:
                 tools = row.data.get(form.tool_key) if form.tool_key else None
                 yield _templated(messages, tools, tokenizer, header_in_loss, row.place)
@@ -162,18 +158,17 @@ def _conversation(row: Mapping[str, Any], form: _Form) -> list[Message]:
     if row.get(form.chat_key) is not None:
         messages = as_messages(row[form.chat_key], form.chat_key)
     else:
-        pairs = [(form.input_key or ours, form.output_key or theirs) for ours, theirs in _PROMPT_KEYS]
-        prompt_key, answer_key = next((pair for pair in pairs if row.get(pair[0]) is not None), pairs[0])
+        named = (form.input_key, form.output_key)
+        known = _PROMPT_KEYS if named in _PROMPT_KEYS else (named,)
+        prompt_key, answer_key = next((keys for keys in known if row.get(keys[0]) is not None), named)
         if row.get(prompt_key) is None:
-            raise BadRow(f"neither {form.chat_key} nor {prompt_key}")
+            raise BadRow(f"missing key {form.chat_key} or {prompt_key}")
         prompt = row[prompt_key]
         asked = as_messages(prompt, prompt_key) if isinstance(prompt, list) else None
         asked = asked or [{"role": "user", "content": as_text(row, prompt_key)}]
         messages = [*asked, {"role": "assistant", "content": as_text(row, answer_key)}]
-    system = row.get(form.system_key) if form.system_key else None
-    system = as_text(row, str(form.system_key)) if system is not None else form.system_prompt
-    if system:
-        messages = [{"role": "system", "content": system}, *messages]
+    if form.system_key and row.get(form.system_key) is not None:
+        messages = [{"role": "system", "content": as_text(row, form.system_key)}, *messages]
     if not messages or messages[-1]["role"] != "assistant":
         raise BadRow("the last message is not the assistant's")
     if not is_answered(messages[-1]):

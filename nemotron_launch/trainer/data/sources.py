@@ -93,28 +93,40 @@ class BadRows:
             )
 
 
+def data_section(data: Mapping[str, Any], name: str) -> dict[str, Any] | None:
+    """`data.train` or `data.validation` with what it takes from the rest of `data`; None where it is null.
+
+    What it leaves out comes from data.default; split is train for train and validation for validation.
+    """
+    own = data.get(name)
+    if own is None:
+        return None
+    merged = {"cache_dir": data.get("cache_dir"), **(data.get("default") or {}), **own}
+    return {**merged, "split": merged.get("split") or ("train" if name == "train" else "validation")}
+
+
 def read_rows(section: Mapping[str, Any], *, step_dir: Path | None, key: str) -> Iterator[Row]:
     """Rows of one data section, in file order.
 
     section: `data_path` (a file, glob, saved dataset's folder or hub id, or a list of these; `step://x` is inside
     `step_dir`), or a `dataset_name` of NAMED_DATASETS; `subset` and `split` (default train) choose within the hub's
-    and saved datasets. Blank lines are skipped; a row that cannot be read comes with its problem. Raises UserError
-    for data that is missing or of an unknown kind.
+    and saved datasets, `cache_dir` is where the hub's are kept. Blank lines are skipped; a row that cannot be read
+    comes with its problem. Raises UserError for data that is missing or of an unknown kind.
     """
     where = f"{key}.data_path"
-    split, subset = section.get("split") or "train", section.get("subset")
+    split, subset, cache = section.get("split") or "train", section.get("subset"), section.get("cache_dir")
     given = section.get("data_path")
     if not given:
         name = section.get("dataset_name")
         if name not in NAMED_DATASETS:
             raise UserError("no data is named", where=where, hint="give the path of a file, or a hub id")
         hub_id, default_subset = NAMED_DATASETS[name]
-        yield from _hub_rows(hub_id, subset or default_subset, split, where)
+        yield from _hub_rows(hub_id, subset or default_subset, split, cache, where)
         return
     for entry in [given] if isinstance(given, str) else given:
         path = resolve_path(entry, step_dir, where)
         if is_hub_id(entry) and path.suffix not in _READERS:
-            yield from _hub_rows(entry, subset, split, where)
+            yield from _hub_rows(entry, subset, split, cache, where)
         elif path.is_dir():
             yield from _saved_rows(path, split, where)
         else:
@@ -127,7 +139,7 @@ def _files(path: Path, where: str) -> list[Path]:
     files = [file for file in files if not file.is_dir()]
     if not files:
         what = "no file matches" if glob.has_magic(str(path)) else "no such file:"
-        raise UserError(f"{what} {path}", where=where)
+        raise UserError(f"{what} {path}", where=where, hint=None if path.is_absolute() else f"looked in {Path.cwd()}")
     for file in files:
         if file.suffix not in _READERS:
             raise UserError(
@@ -229,14 +241,14 @@ def _saved_rows(folder: Path, split: str, where: str) -> Iterator[Row]:
     yield from _dataset_rows(str(folder), data)
 
 
-def _hub_rows(hub_id: str, subset: str | None, split: str, where: str) -> Iterator[Row]:
+def _hub_rows(hub_id: str, subset: str | None, split: str, cache: str | None, where: str) -> Iterator[Row]:
     import datasets
 
     offline = hub_is_offline()
     if offline:  # the client would retry for a while; its cache is still looked at
         datasets.config.HF_HUB_OFFLINE = True
     try:
-        data = datasets.load_dataset(hub_id, subset, split=split)
+        data = datasets.load_dataset(hub_id, subset, split=split, cache_dir=cache)
     except Exception as error:  # the hub's client raises its own kinds, the HTTP library's, OSError and ValueError
         known = (
             "it is no file here, not in the local cache, and the hub cannot be reached"

@@ -1,0 +1,275 @@
+"""The training loop that SFT and DPO share: steps, validation, checkpoints, signals, metrics."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import yaml
+
+from nemotron_launch.errors import UserError
+from nemotron_launch.trainer import exit_codes
+from nemotron_launch.trainer.batch import Batch
+from nemotron_launch.trainer.checkpoints import WEIGHTS, CheckpointStore, metric_value, out_of_time, parse_must_save_by
+from nemotron_launch.trainer.data.order import Position, batch_indices, next_position, steps_per_epoch
+from nemotron_launch.trainer.megatron import checkpoint, parallel
+from nemotron_launch.trainer.metrics import MetricsLog
+from nemotron_launch.trainer.policy import LossFunction, Policy
+from nemotron_launch.trainer.signals import StopRequest
+from nemotron_launch.trainer.tokenizer import Tokenizer
+
+log = logging.getLogger("nemotron.trainer")
+
+
+class Task(Protocol):
+    """What differs between the steps: their rows, losses and validations."""
+
+    metric_names: Sequence[str]
+
+    @property
+    def rows(self) -> int:
+        """How many training samples there are."""
+
+    def train_batches(self, indices: np.ndarray) -> tuple[list[Batch], LossFunction]:
+        """This rank's micro-batches of one global batch, and the loss that is normalised by the whole of it."""
+
+    def describe(self, indices: np.ndarray) -> dict[str, float]:
+        """Metrics of a global batch that need no model: lengths, tokens. `tokens` is the count of all of them."""
+
+    def sources(self, indices: np.ndarray) -> list[str]:
+        """File and line of each sample, for messages."""
+
+    def validate(self) -> dict[str, float]:
+        """Metrics by full name, such as `validation-default/loss`."""
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """The part of a config that rules the loop."""
+
+    global_batch: int
+    total_steps: int
+    seed: int
+    shuffle: bool
+    val_period: int
+    val_at_start: bool
+    val_at_end: bool
+    save_optimizer: bool
+    must_save_by: float | None
+    checkpoints: bool
+
+    @staticmethod
+    def of(config: Mapping[str, Any], section: str, rows: int) -> LoopConfig:
+        """From a composed config; section is "dpo" or "sft". total_steps is the lesser of steps and epochs."""
+        part, saving = config[section], config["checkpointing"]
+        global_batch = config["policy"]["train_global_batch_size"]
+        in_epoch = steps_per_epoch(rows, global_batch, drop_last=True)
+        must = saving["checkpoint_must_save_by"]
+        return LoopConfig(
+            global_batch=global_batch,
+            total_steps=min(part["max_num_steps"], part["max_num_epochs"] * in_epoch),
+            seed=part["seed"],
+            shuffle=config["data"]["shuffle"],
+            val_period=part["val_period"],
+            val_at_start=part["val_at_start"],
+            val_at_end=part["val_at_end"],
+            save_optimizer=saving["save_optimizer"],
+            must_save_by=parse_must_save_by(must),
+            checkpoints=saving["enabled"],
+        )
+
+
+@dataclass
+class Progress:
+    """Where a run stands; what training_info.json keeps."""
+
+    step: int = 0
+    position: Position = field(default_factory=Position)
+    consumed_samples: int = 0
+    total_valid_tokens: int = 0
+
+    @staticmethod
+    def from_info(info: Mapping[str, Any]) -> Progress:
+        position = Position.from_dict(info)
+        return Progress(info["step"], position, info["consumed_samples"], info["total_valid_tokens"])
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the loop works with, set up by the step."""
+
+    config: LoopConfig
+    policy: Policy
+    task: Task
+    store: CheckpointStore
+    metrics: MetricsLog
+    stop: StopRequest
+    tokenizer: Tokenizer
+    composed: Mapping[str, Any]
+    recorded: Mapping[str, Any]
+    started: float
+
+
+def visiting_order(config: LoopConfig, rows: int, *, position: Position, steps: int) -> list[np.ndarray]:
+    """The global batches of the next `steps` steps from a position."""
+    batches = []
+    for _ in range(steps):
+        batches.append(_batch(config, rows, position))
+        position = next_position(position, rows, config.global_batch, drop_last=True)
+    return batches
+
+
+def _batch(config: LoopConfig, rows: int, position: Position) -> np.ndarray:
+    return batch_indices(
+        rows,
+        seed=config.seed,
+        epoch=position.epoch,
+        step_in_epoch=position.step_in_epoch,
+        batch=config.global_batch,
+        shuffle=config.shuffle,
+        drop_last=True,
+    )
+
+
+def train(run: Run, progress: Progress) -> int:
+    """Train from `progress` to the last step; returns an exit code of `exit_codes`.
+
+    Raises UserError (exit code 1) where the loss or a gradient is not finite: nothing of that step is saved.
+    """
+    config, task, policy = run.config, run.task, run.policy
+    if config.val_at_start and progress.step == 0:
+        run.metrics.log(0, 0, task.validate())
+    durations: list[float] = []
+    with run.metrics.progress(config.total_steps, progress.step):
+        while progress.step < config.total_steps:
+            began = time.monotonic()
+            indices = _batch(config, task.rows, progress.position)
+            batches, loss = task.train_batches(indices)
+            values = policy.train_step(batches, loss, task.metric_names)
+            _stop_if_not_finite(values, progress, run, indices)
+            elapsed = time.monotonic() - began
+            durations.append(elapsed)
+            batch = task.describe(indices)
+            epoch = progress.position.epoch
+            progress.step += 1
+            progress.position = next_position(progress.position, task.rows, config.global_batch, drop_last=True)
+            progress.consumed_samples += len(indices)
+            progress.total_valid_tokens += int(batch["global_valid_toks"])
+            line = {f"train/{name}": value for name, value in (values | batch).items() if name != "tokens"}
+            line |= _timing(batch, elapsed, policy)
+            last = progress.step == config.total_steps
+            due = config.val_period > 0 and progress.step % config.val_period == 0
+            if due or (last and config.val_at_end):
+                line |= task.validate()
+            must_stop = _must_stop(run, durations, progress.step)
+            if config.checkpoints and run.store.should_save(progress.step, last=last, stopping=must_stop):
+                began = time.monotonic()
+                save(run, progress, line)
+                line["timing/train/checkpointing"] = time.monotonic() - began
+            run.metrics.log(progress.step, epoch, line)
+            if must_stop and not last:
+                log.info("stopped after step %d, ready to resume (exit code %d)", progress.step, exit_codes.RESUME_ME)
+                return exit_codes.RESUME_ME
+    return exit_codes.FINISHED
+
+
+def _timing(batch: Mapping[str, float], elapsed: float, policy: Policy) -> dict[str, float]:
+    processes = policy.layout.data * policy.layout.tensor * policy.layout.pipeline
+    timing = {
+        "timing/train/total_step_time": elapsed,
+        "timing/train/tokens_per_sec": batch["tokens"] / elapsed,
+        "timing/train/valid_tokens_per_sec_per_gpu": batch["global_valid_toks"] / elapsed / processes,
+    }
+    if policy.layout.device.type == "cuda":
+        timing["train/gpu_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    return timing
+
+
+def _must_stop(run: Run, durations: Sequence[float], step: int) -> bool:
+    """Whether all ranks save and stop after this step: a signal came, or the time to save by is near."""
+    elapsed = time.monotonic() - run.started
+    return run.stop.agree(out_of_time(elapsed, float(np.mean(durations)), run.config.must_save_by), step)
+
+
+def _stop_if_not_finite(values: Mapping[str, float], progress: Progress, run: Run, indices: np.ndarray) -> None:
+    bad = [name for name in ("loss", "grad_norm") if not math.isfinite(values[name])]
+    if not bad:
+        return
+    sources = run.task.sources(indices)
+    shown = ", ".join(sources[:8]) + (f" and {len(sources) - 8} more" if sources[8:] else "")
+    good = run.store.latest()
+    raise UserError(
+        f"step {progress.step + 1}: {' and '.join(bad)} not finite",
+        hint=f"rows of the batch: {shown}\n"
+        f"last good checkpoint: {good or 'none'}\n"
+        "lower policy.optimizer.lr or raise dpo.reference_policy_kl_penalty, or look at these rows",
+        exit_code=exit_codes.FAILED,
+    )
+
+
+def save(run: Run, progress: Progress, line: Mapping[str, float]) -> None:
+    """Write step_N: tensors by all ranks into tmp_step_N, the rest and the rename by rank 0."""
+    layout, policy = run.policy.layout, run.policy
+    folder = run.store.tmp_path(progress.step)
+    if layout.rank == 0:
+        run.store.begin(progress.step)
+        (folder / WEIGHTS).mkdir(parents=True)
+    parallel.barrier()
+    keep = run.config.save_optimizer
+    checkpoint.save(
+        folder / WEIGHTS,
+        policy.gpt,
+        policy.optimizer if keep else None,
+        policy.scheduler if keep else None,
+    )
+    parallel.barrier()
+    if layout.rank == 0:
+        policy.architecture.write(folder / "policy")
+        run.tokenizer.save(folder / "policy" / "tokenizer")
+        text = yaml.safe_dump(dict(run.composed), sort_keys=False, allow_unicode=True)
+        (folder / "config.yaml").write_text(text, encoding="utf-8")
+        (folder / "train_dataloader.json").write_text(json.dumps(progress.position.to_dict()) + "\n")
+        run.store.commit(progress.step, training_info(run, progress, line))
+        run.store.prune()
+    parallel.barrier()
+
+
+def training_info(run: Run, progress: Progress, line: Mapping[str, float]) -> dict[str, Any]:
+    """training_info.json: NeMo-RL's fields, the step's metrics by their checkpointing names, and what resume checks."""
+    train = {name.removeprefix("train/"): value for name, value in line.items() if name.startswith("train/")}
+    # NeMo-RL's names: `validation-default/loss` is `validation-default_loss` there.
+    val = {name.replace("/", "_"): value for name, value in line.items() if name.startswith("validation-")}
+    metric_value(run.store.metric_name, train=train, val=val)
+    return {
+        "epoch": progress.position.epoch,
+        "step": progress.step,
+        "total_steps": run.config.total_steps,
+        "step_in_epoch": progress.position.step_in_epoch,
+        "consumed_samples": progress.consumed_samples,
+        "total_valid_tokens": progress.total_valid_tokens,
+        "save_optimizer": run.config.save_optimizer,
+        "tokenizer": run.tokenizer.fingerprint,
+        **run.recorded,
+        **{f"train:{name}": value for name, value in train.items()},
+        **{f"val:{name}": value for name, value in val.items()},
+    }
+
+
+def resume(policy: Policy, folder: Path, info: Mapping[str, Any]) -> None:
+    """Restore weights, optimizer and schedule from a checkpoint of this run."""
+    weights = folder / WEIGHTS
+    if info["save_optimizer"]:
+        checkpoint.load_training_state(weights, policy.gpt, policy.optimizer, policy.scheduler)
+    else:
+        log.warning("%s holds no optimizer state: Adam starts afresh", folder)
+        checkpoint.load_weights(weights, policy.gpt)
+        policy.optimizer.reload_model_params()
+        policy.scheduler.step(info["step"])

@@ -1,0 +1,97 @@
+"""Tensors of a checkpoint in megatron-core's torch_dist format, readable at any tensor and pipeline size."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemotron_launch.errors import UserError
+from nemotron_launch.trainer.megatron import cpu
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from megatron.core import dist_checkpointing
+
+    from megatron.core.models.gpt import GPTModel
+
+# How the distributed optimizer lays out its shards, where it is in use.
+METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+
+
+def save(folder: Path, model: GPTModel, optimizer: Any, scheduler: Any) -> None:
+    """Write weights and, if given, optimizer and schedule; all ranks call it, into an existing empty folder."""
+    cpu.prepare()
+    dist_checkpointing.save(_state(model, optimizer, scheduler, loading=False), str(folder), content_metadata=METADATA)
+
+
+def load_training_state(folder: Path, model: GPTModel, optimizer: Any, scheduler: Any) -> None:
+    """Restore weights, optimizer and schedule in place, from any layout."""
+    cpu.prepare()
+    state = _load(folder, _state(model, optimizer, scheduler, loading=True))
+    with torch.no_grad():
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    for inner in getattr(optimizer, "chained_optimizers", [optimizer]):
+        for value in inner.optimizer.state.values():
+            if isinstance(value.get("step"), torch.Tensor):
+                value["step"] = value["step"].clone()  # loading shares one tensor between all parameters
+    scheduler.load_state_dict(state["scheduler"])
+
+
+def load_weights(folder: Path, model: GPTModel) -> None:
+    """Restore the weights alone, in place, from any layout.
+
+    Raises UserError naming the tensors that are missing or of another shape.
+    """
+    cpu.prepare()
+    wanted = model.sharded_state_dict(metadata=METADATA)
+    _check_shapes(folder, wanted)
+    state = _load(folder, {"model": wanted})
+    with torch.no_grad():
+        model.load_state_dict(state["model"])
+
+
+def _state(model: GPTModel, optimizer: Any, scheduler: Any, *, loading: bool) -> dict[str, Any]:
+    weights = model.sharded_state_dict(metadata=METADATA)
+    state: dict[str, Any] = {"model": weights}
+    if optimizer is not None:
+        state["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=loading, metadata=METADATA)
+        state["scheduler"] = scheduler.state_dict()
+    return state
+
+
+def _load(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return dist_checkpointing.load(state, str(folder))
+    except (dist_checkpointing.core.CheckpointingException, OSError, EOFError, ValueError, KeyError) as error:
+        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"cannot be read as a Megatron checkpoint: {first_line}", where=str(folder)) from error
+
+
+def _check_shapes(folder: Path, wanted: dict[str, Any]) -> None:
+    """Compare global shapes first: megatron-core's own message for a mismatch names neither tensor nor sizes."""
+    try:
+        stored = dist_checkpointing.load_tensors_metadata(str(folder))
+    except Exception as error:  # the library raises whatever its file reader did
+        raise UserError(
+            "is not a Megatron checkpoint (torch_dist)", where=str(folder), hint=f"reading it gave: {error}"
+        ) from error
+    problems = []
+    for tensor in wanted.values():
+        key = getattr(tensor, "key", None)
+        if key is None or not hasattr(tensor, "global_shape"):
+            continue
+        if key not in stored:
+            problems.append(f"{key}: not in the checkpoint")
+        elif tuple(stored[key].global_shape) != tuple(tensor.global_shape) and not tensor.allow_shape_mismatch:
+            shapes = f"{tuple(stored[key].global_shape)} there, {tuple(tensor.global_shape)} here"
+            problems.append(f"{key}: {shapes}")
+    if problems:
+        raise UserError(
+            f"does not fit the policy: {problems[0]}" + (f" and {len(problems) - 1} more" if problems[1:] else ""),
+            where=str(folder),
+            hint="compare policy.model_name or policy.architecture with the run that wrote it",
+        )

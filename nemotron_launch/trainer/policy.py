@@ -1,0 +1,195 @@
+"""A policy: megatron-core's model, its optimizer and the passes that alignment needs, the same on CPU and GPU.
+
+Legend: B rows, N sequences, R scored tokens of a sequence, S tokens of a row, W tokens with a logit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemotron_launch.trainer.architecture import Architecture
+from nemotron_launch.trainer.batch import Batch, wanted_positions
+from nemotron_launch.trainer.megatron import parallel
+from nemotron_launch.trainer.megatron.attention import PLANS, AttentionPlan, RotaryTable
+from nemotron_launch.trainer.megatron.logprobs import mask_padding, token_logps
+from nemotron_launch.trainer.megatron.model import Numerics, build_model, unwrap
+from nemotron_launch.trainer.megatron.optimizer import build_optimizer, reduce_gradients
+from nemotron_launch.trainer.megatron.parallel import Layout
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from megatron.core import parallel_state
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+# (logps [N, R] of micro-batch i, i) → the loss, already divided by the global batch, and metrics that add up.
+LossFunction = Callable[[Tensor, int], tuple[Tensor, dict[str, Tensor]]]
+
+
+class Policy:
+    """A model placed on this rank. Frozen until `make_trainable`; then `train_step` updates it."""
+
+    def __init__(self, architecture: Architecture, layout: Layout, numerics: Numerics, *, seed: int = 0) -> None:
+        self.architecture = architecture
+        self.layout = layout
+        self.numerics = numerics
+        self.model: torch.nn.Module = build_model(architecture, layout, numerics, seed=seed)
+        self.model.requires_grad_(False).eval()
+        self.gpt = unwrap(self.model)
+        self.optimizer: Any = None
+        self.scheduler: Any = None
+        self.rotary = RotaryTable(
+            head_dim=architecture.head_dim,
+            theta=architecture.rope_theta,
+            scaling=architecture.rope_scaling,
+            max_positions=architecture.max_position_embeddings,
+            device=layout.device,
+            dtype=numerics.dtype,
+        )
+
+    def make_trainable(self, megatron_section: Mapping[str, Any], *, total_steps: int) -> None:
+        """Add gradient buffers, optimizer and schedule as `policy.megatron_cfg` says; load weights before this."""
+        self.gpt.requires_grad_(True).train()
+        self.model = reduce_gradients(self.gpt, self.layout, megatron_section)
+        self.optimizer, self.scheduler = build_optimizer(
+            self.model, self.layout, megatron_section, total_steps=total_steps
+        )
+
+    # -- passes ------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def logps(self, batches: Sequence[Batch]) -> list[Tensor]:
+        """Log-probabilities [N, R] of every micro-batch's masked tail tokens, fp32, 0 elsewhere, on every stage."""
+        was_training = self.gpt.training
+        self.gpt.eval()
+        try:
+            results = self._run(batches, None)
+        finally:
+            self.gpt.train(was_training)
+        if not self.layout.last_stage:
+            results = [torch.zeros_like(batch.mask_NR) for batch in batches]
+        return [parallel.from_last_stage(logps) for logps in results]
+
+    def train_step(
+        self, batches: Sequence[Batch], loss: LossFunction, metric_names: Sequence[str]
+    ) -> dict[str, float]:
+        """One optimizer step over this rank's micro-batches; metrics summed over micro-batches and data parallelism.
+
+        Adds grad_norm (before clipping), lr and wd. Does not judge whether they are finite.
+        """
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        collected = self._run(batches, loss)
+        metrics = self.reduce(collected, metric_names)
+        group = self.optimizer.param_groups[0]
+        metrics |= {"lr": group["lr"], "wd": group["weight_decay"]}
+        if math.isfinite(metrics["loss"]):  # a bad loss must not reach the weights
+            _, grad_norm, _ = self.optimizer.step()
+            metrics["grad_norm"] = float(grad_norm) if grad_norm is not None else 0.0
+        else:
+            metrics["grad_norm"] = math.nan
+        self.scheduler.step(1)
+        return metrics
+
+    def evaluate(
+        self, batches: Sequence[Batch], loss: LossFunction, metric_names: Sequence[str]
+    ) -> dict[str, float]:
+        """The loss's metrics without a step, summed as in `train_step`."""
+        collected = [loss(logps, i)[1] for i, logps in enumerate(self.logps(batches))]
+        return self.reduce(collected if self.layout.last_stage else [], metric_names)
+
+    def reduce(self, collected: Sequence[Mapping[str, Tensor]], names: Sequence[str]) -> dict[str, float]:
+        """Sum metrics over micro-batches and data-parallel ranks; every stage gets the last stage's."""
+        totals = torch.zeros(len(names), dtype=torch.float64, device=self.layout.device)
+        if self.layout.last_stage:
+            for metrics in collected:
+                totals += torch.stack([metrics[name].to(totals) for name in names])
+        parallel.from_last_stage(parallel.sum_over_data(totals))
+        return dict(zip(names, totals.tolist(), strict=True))
+
+    def _run(self, batches: Sequence[Batch], loss: LossFunction | None) -> list[Any]:
+        """Megatron's schedule over the micro-batches: with a loss forward and backward, without it log-probabilities."""
+        no_tokens = torch.zeros((), dtype=torch.int, device=self.layout.device)
+
+        def forward_step(iterator: Iterator[tuple[int, Batch]], model: torch.nn.Module) -> tuple[Tensor, Any]:
+            index, batch = next(iterator)
+            output = self._forward(model, batch)
+
+            def finish(logps_NR: Tensor, non_loss_data: bool = False) -> Any:
+                if loss is None:
+                    return logps_NR
+                value, metrics = loss(logps_NR, index)
+                return value, no_tokens, metrics  # 0 tokens: the loss is already normalised
+
+            return output, finish
+
+        longest = max(batches, key=lambda batch: batch.tokens_BS.shape[1])
+        try:
+            return get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=iter(enumerate(batches)),
+                model=self.model,
+                num_microbatches=len(batches),
+                seq_length=longest.tokens_BS.shape[1],
+                micro_batch_size=longest.rows,
+                forward_only=loss is None,
+                collect_non_loss_data=loss is None,
+            )
+        finally:
+            PLANS.clear()
+
+    def _forward(self, model: torch.nn.Module, batch: Batch) -> Tensor:
+        """The last stage's log-probabilities [N, R], or another stage's hidden states."""
+        places_W, index_W = wanted_positions(batch)
+        if self.layout.last_stage:
+            self.gpt.output_layer.wanted_N = places_W
+        output = model(batch.tokens_BS, None, PLANS.register(self.plan(batch)))
+        if not self.layout.last_stage:
+            return output
+        logps_W = self.target_logps(output.squeeze(0), batch.tails_NR.flatten()[index_W])
+        flat = torch.zeros(batch.mask_NR.numel(), device=logps_W.device).index_copy(0, index_W, logps_W)
+        return flat.view_as(batch.mask_NR)
+
+    def plan(self, batch: Batch) -> AttentionPlan:
+        """Where the batch's tokens stand and what each may see."""
+        cos, sin = self.rotary.at(batch.positions_BS.T, batch.longest)
+        mask_BP = None
+        if batch.padded_prompts:
+            places = torch.arange(batch.prompt, device=batch.tokens_BS.device)
+            mask_BP = places >= batch.prompt_lens_B[:, None]
+        return AttentionPlan(batch.prompt, batch.tails, batch.tail, cos, sin, mask_BP)
+
+    def target_logps(self, logits_Wv: Tensor, targets_W: Tensor) -> Tensor:
+        """log softmax(logits)[target], [W], over the whole vocabulary without its padding."""
+        first = self.layout.tensor_rank * logits_Wv.shape[1]
+        masked = mask_padding(logits_Wv, first=first, vocab_size=self.architecture.vocab_size)
+        return token_logps(
+            masked, targets_W, first=first, group=parallel_state.get_tensor_model_parallel_group()
+        )
+
+    # -- weights -----------------------------------------------------------------------------------------------
+
+    def weights(self) -> dict[str, Tensor]:
+        """A copy of this rank's parameters in host memory."""
+        return {name: value.detach().to("cpu", copy=True) for name, value in self.gpt.named_parameters()}
+
+    @torch.no_grad()
+    def set_weights(self, weights: Mapping[str, Tensor]) -> None:
+        for name, value in self.gpt.named_parameters():
+            value.copy_(weights[name])
+
+    @contextlib.contextmanager
+    def other_weights(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """Compute with other weights for a while, such as the reference's; nothing may train meanwhile."""
+        own = self.weights()
+        self.set_weights(weights)
+        try:
+            yield
+        finally:
+            self.set_weights(own)

@@ -1,0 +1,202 @@
+"""Supervised fine-tuning of a policy: the step sft/megatron.
+
+Legend: N sequences, R tokens.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from nemotron_launch.errors import UserError
+from nemotron_launch.trainer import exit_codes, warm_start
+from nemotron_launch.trainer.batch import Batch, Group, collate
+from nemotron_launch.trainer.data.sft import SFTExample, load_sft
+from nemotron_launch.trainer.loop import LoopConfig, Progress, Run, resume, train
+from nemotron_launch.trainer.losses import sft_loss
+from nemotron_launch.trainer.policy import LossFunction, Policy
+from nemotron_launch.trainer.setup import (
+    Session,
+    checkpoint_to_resume,
+    new_policy,
+    open_metrics,
+    row_multiple,
+    run_step,
+)
+from nemotron_launch.trainer.validation import GenerationCheck, padded, shares, weighted_mean
+
+log = logging.getLogger("nemotron.trainer")
+METRICS = ("loss", "num_valid_tokens")
+
+
+def main(step_dir: Path, argv: list[str] | None = None) -> int:
+    """Entry point of the step's train.py; returns an exit code of `exit_codes`."""
+    return run_step(step_dir, run, argv)
+
+
+def run(session: Session) -> int:
+    """Load, warm-start or resume, train, and leave a checkpoint_megatron."""
+    config = session.config
+    examples, validation = load_data(session)
+    loop = LoopConfig.of(config, "sft", len(examples))
+    start = warm_start.find(config, session.architecture, step_dir=session.step_dir)
+    found = checkpoint_to_resume(session)
+    progress = Progress.from_info(found[1]) if found else Progress()
+    metrics = open_metrics(session, progress.step)
+    with metrics:
+        if found and progress.step >= loop.total_steps:
+            log.info("finished already: %s holds step %d of %d", found[0], progress.step, loop.total_steps)
+            return exit_codes.FINISHED
+        log.info("%d training rows, %d steps of %d", len(examples), loop.total_steps, loop.global_batch)
+        policy = new_policy(session)
+        if not found:
+            warm_start.load(policy, start)
+        policy.make_trainable(config["policy"]["megatron_cfg"], total_steps=loop.total_steps)
+        if found:
+            resume(policy, *found)
+            log.info("resumed from %s", found[0])
+        setup = Run(
+            config=loop,
+            policy=policy,
+            task=ConversationTask(session, policy, examples, validation),
+            store=session.store,
+            metrics=metrics,
+            stop=session.stop,
+            tokenizer=session.tokenizer,
+            composed=config,
+            recorded={"warm_start": start.recorded()},
+            started=session.started,
+        )
+        return train(setup, progress)
+
+
+def load_data(session: Session) -> tuple[list[SFTExample], dict[str, list[SFTExample]]]:
+    """Training rows, and validation rows by the name that their metrics carry."""
+    data = session.config["data"]
+
+    def load(section: Mapping[str, object] | None, key: str, split: str) -> list[SFTExample]:
+        filled = {name: value for name, value in (section or {}).items() if value is not None}
+        examples, bad = load_sft(
+            {"split": split, **data["default"], **filled},
+            tokenizer=session.tokenizer,
+            max_length=data["max_input_seq_length"] or session.config["policy"]["max_total_sequence_length"],
+            step_dir=session.step_dir,
+            max_bad_rows=data["max_bad_rows"],
+            add_bos=data["add_bos"],
+            add_eos=data["add_eos"],
+            add_generation_prompt=data["add_generation_prompt"],
+            key=key,
+        )
+        if session.main_rank and (text := bad.summary()):
+            log.warning("%s: %s", key, text)
+        if not examples:
+            raise UserError("holds no usable row", where=key)
+        return examples
+
+    training = load(data["train"], "data.train", "train")
+    validation = {}
+    if data["validation"]:
+        validation["default"] = load(data["validation"], "data.validation", "validation")
+    return training, validation
+
+
+class ConversationTask:
+    """The conversations of a run: their batches, losses and validations."""
+
+    metric_names: Sequence[str] = METRICS
+
+    def __init__(
+        self,
+        session: Session,
+        policy: Policy,
+        examples: Sequence[SFTExample],
+        validation: Mapping[str, Sequence[SFTExample]],
+    ) -> None:
+        self.policy = policy
+        self.examples = examples
+        self.validation = validation
+        self.section = section = session.config["sft"]
+        self.pad_id = session.tokenizer.pad_id
+        self.multiple_of = row_multiple(session)
+        self.micro_batch = session.config["policy"]["train_micro_batch_size"]
+        self.check = GenerationCheck.of(section["val_generation"], session) if validation else None
+
+    @property
+    def rows(self) -> int:
+        return len(self.examples)
+
+    def batch(self, examples: Sequence[SFTExample | None]) -> Batch:
+        """Collate examples; None stands for one that only fills the batch."""
+        groups = []
+        for example in examples:
+            taken = example or self.examples[0]
+            valid = example is not None and not example.overlong
+            groups.append(Group(0, (taken.ids,), valid=valid, loss_masks=(taken.loss_mask,)))
+        device = self.policy.layout.device
+        return collate(groups, pad_id=self.pad_id, device=device, multiple_of=self.multiple_of)
+
+    def train_batches(self, indices: np.ndarray) -> tuple[list[Batch], LossFunction]:
+        mine = shares(indices, self.policy.layout, self.micro_batch)
+        batches = [self.batch([self.examples[i] for i in part]) for part in mine]
+        return batches, self._loss(batches, [self.examples[i] for i in indices])
+
+    def _loss(self, batches: Sequence[Batch], whole: Sequence[SFTExample | None]) -> LossFunction:
+        """The loss of micro-batch i, normalised by the tokens of the whole global batch."""
+        tokens = sum(_valid_tokens(example) for example in whole if example is not None)
+        valid_tokens = torch.tensor(float(tokens), dtype=torch.float64, device=self.policy.layout.device)
+
+        def loss(logps_NR: torch.Tensor, i: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            return sft_loss(logps_NR, batches[i].mask_NR, valid_tokens=valid_tokens)
+
+        return loss
+
+    def describe(self, indices: np.ndarray) -> dict[str, float]:
+        examples = [self.examples[i] for i in indices]
+        lengths = [_valid_tokens(example) for example in examples]
+        return {
+            "tokens": float(sum(len(example.ids) for example in examples)),
+            "global_valid_seqs": float(sum(not example.overlong for example in examples)),
+            "global_valid_toks": float(sum(lengths)),
+            "response_length_mean": float(np.mean(lengths)),
+        }
+
+    def sources(self, indices: np.ndarray) -> list[str]:
+        return [self.examples[i].source for i in indices]
+
+    def validate(self) -> dict[str, float]:
+        """Each validation set's loss, then exact match of greedy answers for held-out prompts."""
+        line: dict[str, float] = {}
+        for name, examples in self.validation.items():
+            values = self._validate_set(examples)
+            line |= {f"validation-{name}/{key}": value for key, value in values.items()}
+        if self.check and "default" in self.validation:
+            held_out = [example for example in self.validation["default"] if not example.overlong]
+            checked = self.check.run(
+                self.policy,
+                [example.ids[: example.prompt_len] for example in held_out],
+                [example.ids[example.prompt_len :] for example in held_out],
+                None,
+            )
+            line |= {f"validation-default/{key}": value for key, value in checked.items()}
+        return line
+
+    def _validate_set(self, examples: Sequence[SFTExample]) -> dict[str, float]:
+        size, micro = self.section["val_global_batch_size"], self.section["val_micro_batch_size"]
+        limit = self.section["val_batches"]
+        results = []
+        for start in list(range(0, len(examples), size))[: limit if limit > 0 else None]:
+            indices = padded(np.arange(start, min(start + size, len(examples))), self.policy.layout.data * micro)
+            mine = shares(indices, self.policy.layout, micro)
+            batches = [self.batch([examples[i] if i >= 0 else None for i in part]) for part in mine]
+            whole = [examples[i] if i >= 0 else None for i in indices]
+            results.append(self.policy.evaluate(batches, self._loss(batches, whole), METRICS))
+        return weighted_mean(results, "num_valid_tokens")
+
+
+def _valid_tokens(example: SFTExample) -> int:
+    """Tokens in the loss; nothing predicts the first of a sequence."""
+    return 0 if example.overlong else int(example.loss_mask[1:].sum())

@@ -1,0 +1,92 @@
+"""One rank of a layout under test: trains DPO for a few steps and writes what it saw. Started through `spawn`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from models import megatron_section, pairs, batch_of
+
+from nemotron_launch.trainer import hf
+from nemotron_launch.trainer.batch import Group
+from nemotron_launch.trainer.generation import generate
+from nemotron_launch.trainer.losses import DPOWeights, dpo_loss, sequence_logps
+from nemotron_launch.trainer.megatron import checkpoint, parallel
+from nemotron_launch.trainer.megatron.model import Numerics
+from nemotron_launch.trainer.policy import Policy
+from nemotron_launch.trainer.validation import shares
+
+METRICS = ("loss", "accuracy", "rewards_chosen_mean", "num_valid_samples")
+PAIRS = 8
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--pp", type=int, default=1)
+    parser.add_argument("--sp", action="store_true")
+    parser.add_argument("--micro", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--first-step", type=int, default=0)
+    parser.add_argument("--recompute", action="store_true")
+    parser.add_argument("--no-sharing", action="store_true")
+    parser.add_argument("--load", type=Path)
+    parser.add_argument("--save", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    layout = parallel.start(tensor=args.tp, pipeline=args.pp, sequence_parallel=args.sp, device="cpu", seed=1)
+    numerics = Numerics(recompute_granularity="full" if args.recompute else None)
+    architecture = hf.read_config(args.model)
+    policy = Policy(architecture, layout, numerics)
+    read = hf.open_weights(args.model)
+    hf.load_weights(policy.gpt, architecture, read, size=layout.tensor, rank=layout.tensor_rank)
+
+    def make(groups: list[Group]):
+        return batch_of(groups, share_prompt=not args.no_sharing, multiple_of=layout.tensor if args.sp else 1)
+
+    def micro_batches(groups: list[Group]):
+        parts = shares(np.arange(PAIRS), layout, args.micro)
+        return [make([groups[i] for i in part]) for part in parts]
+
+    steps = range(args.first_step, args.first_step + args.steps)
+    data = {step: micro_batches(pairs(PAIRS, seed=step)) for step in steps}
+    references = {
+        step: [sequence_logps(logps, batch.mask_NR) for logps, batch in zip(policy.logps(batches), batches, strict=True)]
+        for step, batches in data.items()
+    }
+    policy.make_trainable(megatron_section(lr=3e-3), total_steps=20)
+    if args.load:
+        checkpoint.load_training_state(args.load, policy.gpt, policy.optimizer, policy.scheduler)
+    valid_pairs = torch.tensor(float(PAIRS))
+    weights = DPOWeights(reference_policy_kl_penalty=0.1, sft_loss_weight=0.1)
+    lines = []
+    for step, batches in data.items():
+
+        def loss(logps, i, step=step, batches=batches):
+            batch = batches[i]
+            ref = references[step][i]
+            return dpo_loss(logps, ref, batch.mask_NR, batch.valid_G, weights, valid_pairs=valid_pairs)
+
+        lines.append(policy.train_step(batches, loss, METRICS))
+    if args.save:
+        if layout.rank == 0:
+            args.save.mkdir(parents=True)
+        parallel.barrier()
+        checkpoint.save(args.save, policy.gpt, policy.optimizer, policy.scheduler)
+    prompts = [np.arange(2, 2 + n) for n in (3, 7, 5)]
+    texts = {}
+    for temperature in (0.0, 1.0):
+        done = generate(policy, prompts, max_new_tokens=12, stop_ids=[5, 9], samples=2, temperature=temperature, seed=3)
+        texts[str(temperature)] = [[one.ids.tolist(), one.logps.tolist()] for one in done]
+    if layout.rank == 0:
+        args.out.write_text(json.dumps({"steps": lines, "texts": texts}))
+    parallel.stop()
+
+
+if __name__ == "__main__":
+    main()
