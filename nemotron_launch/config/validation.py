@@ -164,6 +164,7 @@ def _check_text(part: dict[str, Any], value: str, path: tree.Path, out: list[Pro
         least = part["minLength"]
         short = "may not be empty" if least == 1 else f"needs at least {least} characters, got {value!r}"
         out.append(Problem(path, f"{name} {short}"))
+        return
     if len(value) > part.get("maxLength", math.inf):
         out.append(Problem(path, f"{name} takes at most {part['maxLength']} characters, got {len(value)}"))
     if "pattern" in part and not re.search(part["pattern"], value):

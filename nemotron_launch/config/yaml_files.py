@@ -14,7 +14,7 @@ from nemotron_launch.resources import display
 
 _LoaderBase: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _DumperBase: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
-# YAML 1.1 reads 1e-6 as text and 12:30 as a number in base 60; OmegaConf, and so NeMo-RL's configs, do neither.
+# YAML 1.1 reads 1e-6 as text, which OmegaConf and so NeMo-RL's configs do not, and 04:00:00 as a number in base 60.
 _FLOAT = re.compile(
     r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+|\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?"
     r"|\.(?:inf|Inf|INF))\Z|\.(?:nan|NaN|NAN)\Z"
