@@ -2,7 +2,7 @@
 
     python -m nemotron_launch.trainer.doctor [--json] [--require train|cpu|gpu]
 
-Exit code 1 when the requirement does not hold. The trainer runs the same check first. Imports torch only when asked.
+Exit code 1 when the requirement (by default: to train at all) does not hold. The trainer runs the same check first. Imports torch only when asked.
 """
 
 from __future__ import annotations
@@ -233,11 +233,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m nemotron_launch.trainer.doctor", description=__doc__.split("\n")[0]
     )
     parser.add_argument("--json", action="store_true", help="for programs")
-    parser.add_argument("--require", choices=["train", "cpu", "gpu"], help="exit with 1 unless this is possible here")
+    parser.add_argument(
+        "--require", choices=["train", "cpu", "gpu"], default="train", help="exit with 1 unless this is possible here"
+    )
     given = parser.parse_args(argv)
     report = check()
     print(report.json() if given.json else report.text())
-    return FAILED if given.require and report.missing(given.require) else FINISHED
+    return FAILED if report.missing(given.require) else FINISHED
 
 
 if __name__ == "__main__":

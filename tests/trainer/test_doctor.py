@@ -87,6 +87,12 @@ def test_a_checkout_of_megatron_without_metadata_has_its_version(monkeypatch, tm
     assert _megatron_version() != "0.20.1"
 
 
+def test_the_exit_code_says_whether_training_is_possible(monkeypatch):
+    assert main([]) == 0
+    hide(monkeypatch, "psutil")
+    assert main([]) == 1
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_the_gpu_requirement_fails_and_says_why(capsys):
     assert main(["--require", "gpu"]) == 1
