@@ -2,7 +2,8 @@
 
     python -m nemotron_launch.trainer.doctor [--json] [--require train|cpu|gpu]
 
-Exit code 1 when the requirement (by default: to train at all) does not hold. The trainer runs the same check first. Imports torch only when asked.
+Exit code 1 when the requirement (by default: to train at all) does not hold.
+The trainer runs the same check first. Imports torch only inside functions.
 """
 
 from __future__ import annotations
