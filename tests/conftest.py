@@ -1,0 +1,39 @@
+"""Fixtures for the launcher's tests."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.step_trees import small_tree
+
+Nemotron = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A small tree of steps that `nemotron` uses; the working directory is an empty folder beside it."""
+    root = small_tree(tmp_path / "steps")
+    monkeypatch.setenv("NEMOTRON_STEPS", str(root))
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    return root
+
+
+@pytest.fixture
+def nemotron() -> Nemotron:
+    """The real command in its own process, with its output in pipes: nemotron("steps", "list")."""
+
+    def nemotron(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "nemotron_launch", *arguments]
+        path = os.pathsep.join([str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")])
+        environ = {**os.environ, "PYTHONPATH": path, **env}
+        return subprocess.run(command, capture_output=True, text=True, env=environ, timeout=120)
+
+    return nemotron
