@@ -14,8 +14,8 @@ fish:  nemotron completion fish > ~/.config/fish/completions/nemotron.fish"""
 @click.command(help=f"Print the completion script of a shell. To install it:\n\n{_INSTALL}")
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:
-    from nemotron_launch.cli.main import nemotron
+    from nemotron_launch.cli.main import COMPLETE, nemotron
 
     kind = get_completion_class(shell)
     assert kind is not None
-    click.echo(kind(nemotron, {}, "nemotron", "_NEMOTRON_COMPLETE").source())
+    click.echo(kind(nemotron, {}, "nemotron", COMPLETE).source())

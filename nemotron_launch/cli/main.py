@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import importlib
 import os
 import sys
@@ -17,6 +16,7 @@ from nemotron_launch.errors import UserError
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 INTERRUPTED = 130
 BROKEN_PIPE = 141
+COMPLETE = "_NEMOTRON_COMPLETE"
 
 
 class LazyGroup(click.Group):
@@ -110,10 +110,8 @@ def run(argv: Sequence[str] | None = None) -> int:
         return _print(UserError(error.format_message(), exit_code=error.exit_code))
     except (KeyboardInterrupt, click.Abort):
         return INTERRUPTED
-    except OSError as error:
-        if error.errno == errno.EPIPE:
-            return _broken_pipe()
-        return _internal(error)
+    except SystemExit as stop:  # click's own: after a broken pipe, or with its list of completions
+        return _broken_pipe() if stop.code == 1 and COMPLETE not in os.environ else 0
     except Exception as error:
         return _internal(error)
 

@@ -50,8 +50,9 @@ def _candidates(what: str, ctx: click.Context) -> dict[str, str]:
     if what == "step":
         return {step.id: step.summary for step in known}
     if what == "config":
-        text = ctx.params.get("step_id")
-        return dict.fromkeys(find_step(text, known).configs(), "") if text else {}
+        # With an option still unfinished click has not parsed the id yet.
+        words = [word for word in ctx.meta["nemotron.words"] if not word.startswith("-")]
+        return dict.fromkeys(find_step(words[0], known).configs(), "") if words else {}
     if what == "type":
         return {name: artifact.description for name, artifact in load_artifacts().items()}
     if what == "category":
@@ -108,6 +109,7 @@ class _RunCommand(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         split = args.index("--") if "--" in args else len(args)
+        ctx.meta["nemotron.words"] = tuple(args)
         ctx.meta["nemotron.passthrough"] = tuple(args[split + 1 :])
         return super().parse_args(ctx, args[:split])
 
