@@ -94,6 +94,11 @@ def check(*, devices: bool = True) -> Report:
         return Report((*_python(), *_torch(devices), *_packages(), *_machine()))
 
 
+def require(requirement: Requirement = "train") -> None:
+    """What the trainer does first: UserError (exit code 1) naming all that is missing and what to do."""
+    check(devices=False).require(requirement)
+
+
 def _python() -> Iterator[Finding]:
     version = ".".join(map(str, sys.version_info[:3]))
     fits = (3, 11) <= sys.version_info[:2] < (3, 14)

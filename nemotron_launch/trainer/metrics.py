@@ -21,9 +21,15 @@ log = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def train_log(output_dir: Path) -> Iterator[None]:
-    """What the package logs at INFO goes to `train.log`, with the time, and to the terminal; attempts append."""
-    output_dir.mkdir(parents=True, exist_ok=True)
+    """What the package logs at INFO goes to `train.log`, with the time, and to the terminal; attempts append.
+
+    Inside another one it changes nothing: a run that has words to say before its first number opens it earlier.
+    """
     package = logging.getLogger("nemotron_launch")
+    if any(isinstance(handler, ConsoleHandler) for handler in package.handlers):
+        yield
+        return
+    output_dir.mkdir(parents=True, exist_ok=True)
     before = package.level, package.propagate
     file = logging.FileHandler(output_dir / "train.log")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
@@ -42,14 +48,14 @@ def train_log(output_dir: Path) -> Iterator[None]:
 
 
 class MetricsLog:
-    """The numbers of one attempt, one call of `log` a step.
+    """The numbers of one attempt, one call of `log` a step; opens `train.log` too. A context manager.
 
     `metrics.jsonl` has one JSON object a line: step, epoch, time (Unix seconds), then flat keys such as `train/loss`,
     `validation-default/accuracy`, `timing/train/total`. Infinite and NaN become null, so that every line is valid JSON.
     Lines after `resume_step` are cut off first, all of them when it is 0: that attempt never happened.
 
-    logger: the config's `logger` section. config: the whole config, for loggers that keep it. total_steps: for the
-    progress bar. Raises UserError when a logger that is on is not installed.
+    logger: the config's `logger` section. config: the whole config, for loggers that keep it. enabled: False on all
+    ranks but 0, where everything is dropped. Raises UserError when a logger that is on is not installed.
     """
 
     def __init__(
@@ -58,24 +64,38 @@ class MetricsLog:
         logger: Mapping[str, Any],
         *,
         resume_step: int = 0,
-        total_steps: int | None = None,
         config: Mapping[str, Any] | None = None,
+        enabled: bool = True,
     ) -> None:
+        self._file = -1
+        self._loggers: list[MetricLogger] = []
+        self._progress = Progress(None)
+        self._train_log = contextlib.ExitStack()
+        if not enabled:
+            return
         output_dir.mkdir(parents=True, exist_ok=True)
-        self._loggers: list[MetricLogger] = open_loggers(
-            logger, output_dir, config=config or {}, resume_step=resume_step
-        )
+        self._loggers = open_loggers(logger, output_dir, config=config or {}, resume_step=resume_step)
         path = output_dir / "metrics.jsonl"
         cut_back(path, resume_step)
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        self._total_steps = total_steps
-        self._progress = Progress(total_steps, start=resume_step, stream=sys.stderr)
+        self._train_log.enter_context(train_log(output_dir))
 
-    def log(self, step: int, metrics: Mapping[str, Any], *, epoch: int = 0) -> None:
+    @contextlib.contextmanager
+    def progress(self, total_steps: int, start: int) -> Iterator[None]:
+        """Show a progress bar meanwhile, if stderr is a terminal."""
+        self._progress = Progress(total_steps, start=start, stream=sys.stderr if self._file >= 0 else None)
+        try:
+            yield
+        finally:
+            self._progress.close()
+
+    def log(self, step: int, epoch: int, metrics: Mapping[str, Any]) -> None:
         """Record a step's metrics: numbers of any library, under flat keys or nested by prefix.
 
         Call it before the step's checkpoint is committed: a resumed run then misses no line and has none twice.
         """
+        if self._file < 0:
+            return
         flat = flatten(metrics)
         line = {"step": step, "epoch": epoch, "time": round(time.time(), 3), **flat}
         text = json.dumps({key: _finite(value) for key, value in line.items()}, allow_nan=False)
@@ -92,11 +112,11 @@ class MetricsLog:
 
     def sync(self) -> None:
         """Bring metrics.jsonl to the disk, before a checkpoint that a power cut must not separate from it."""
-        os.fsync(self._file)
+        if self._file >= 0:
+            os.fsync(self._file)
 
     def close(self, exit_code: int = 0) -> None:
-        """End the progress bar and the loggers; exit_code tells those how the run ended."""
-        self._progress.close()
+        """End the loggers, telling them how the run ended, and close the files."""
         for logger in self._loggers:
             try:
                 logger.close(exit_code)
@@ -106,6 +126,7 @@ class MetricsLog:
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
+        self._train_log.close()
 
     def __enter__(self) -> MetricsLog:
         return self

@@ -41,10 +41,10 @@ class Progress:
     total: the last step, or None if not known. start: the step from which it goes on.
     """
 
-    def __init__(self, total: int | None, *, start: int, stream: TextIO) -> None:
+    def __init__(self, total: int | None, *, start: int = 0, stream: TextIO | None = None) -> None:
         self._total = total
         self._bar: Any = None
-        if stream.isatty():
+        if stream and stream.isatty():
             from rich import progress
             from rich.console import Console
 

@@ -27,14 +27,12 @@ def lines(folder: Path) -> list[dict]:
 def run_steps(folder: Path, steps: range, logger: dict | None = None, **options: object) -> None:
     with MetricsLog(folder, logger or OFF, **options) as metrics:  # type: ignore[arg-type]
         for step in steps:
-            metrics.log(step, {"train": {"loss": 1 / step, "accuracy": 0.5}, "timing/train/total": 0.1}, epoch=0)
+            metrics.log(step, 0, {"train": {"loss": 1 / step, "accuracy": 0.5}, "timing/train/total": 0.1})
 
 
 def test_a_step_is_one_line_of_flat_keys(tmp_path):
     with MetricsLog(tmp_path, OFF) as metrics:
-        metrics.log(
-            1, {"train": {"loss": 0.5}, "validation-default": {"accuracy": 1}, "timing/train/total": 2.0}, epoch=3
-        )
+        metrics.log(1, 3, {"train": {"loss": 0.5}, "validation-default": {"accuracy": 1}, "timing/train/total": 2.0})
     (line,) = lines(tmp_path)
     assert line.pop("time") > 1.7e9
     assert line == {
@@ -48,14 +46,14 @@ def test_a_step_is_one_line_of_flat_keys(tmp_path):
 
 def test_a_line_is_in_the_file_before_log_returns(tmp_path):
     metrics = MetricsLog(tmp_path, OFF)
-    metrics.log(1, {"train/loss": 1.0})
+    metrics.log(1, 0, {"train/loss": 1.0})
     assert len(lines(tmp_path)) == 1
     metrics.close()
 
 
 def test_numbers_that_json_lacks_become_null(tmp_path):
     with MetricsLog(tmp_path, OFF) as metrics:
-        metrics.log(1, {"train/loss": math.nan, "train/grad_norm": math.inf})
+        metrics.log(1, 0, {"train/loss": math.nan, "train/grad_norm": math.inf})
     (line,) = lines(tmp_path)
     assert line["train/loss"] is None
     assert line["train/grad_norm"] is None
@@ -64,7 +62,7 @@ def test_numbers_that_json_lacks_become_null(tmp_path):
 def test_numbers_of_other_libraries_are_taken(tmp_path):
     numpy = pytest.importorskip("numpy")
     with MetricsLog(tmp_path, OFF) as metrics:
-        metrics.log(1, {"train/loss": numpy.float32(0.5), "train/count": numpy.int64(3)})
+        metrics.log(1, 0, {"train/loss": numpy.float32(0.5), "train/count": numpy.int64(3)})
     assert (lines(tmp_path)[0]["train/loss"], lines(tmp_path)[0]["train/count"]) == (0.5, 3)
 
 
@@ -78,8 +76,8 @@ def test_resume_cuts_back_to_the_resumed_step_and_goes_on(tmp_path):
 
 def test_validation_before_the_first_step_survives_a_resume(tmp_path):
     with MetricsLog(tmp_path, OFF) as metrics:
-        metrics.log(0, {"validation-default/loss": 1.0})
-        metrics.log(1, {"train/loss": 1.0})
+        metrics.log(0, 0, {"validation-default/loss": 1.0})
+        metrics.log(1, 0, {"train/loss": 1.0})
     run_steps(tmp_path, range(2, 3), resume_step=1)
     assert [line["step"] for line in lines(tmp_path)] == [0, 1, 2]
 
@@ -100,15 +98,15 @@ def test_train_log_has_times_and_every_step_and_appends(tmp_path):
     for resume in (0, 2):
         with train_log(tmp_path):
             logging.getLogger("nemotron_launch.trainer.loop").info("attempt from step %d", resume)
-            run_steps(tmp_path, range(resume + 1, resume + 3), resume_step=resume, total_steps=4)
+            run_steps(tmp_path, range(resume + 1, resume + 3), resume_step=resume)
     text = (tmp_path / "train.log").read_text().splitlines()
     assert [line.split(" INFO ")[1] for line in text] == [
         "attempt from step 0",
-        "step 1/4  loss 1  accuracy 0.5",
-        "step 2/4  loss 0.5  accuracy 0.5",
+        "step 1  loss 1  accuracy 0.5",
+        "step 2  loss 0.5  accuracy 0.5",
         "attempt from step 2",
-        "step 3/4  loss 0.3333  accuracy 0.5",
-        "step 4/4  loss 0.25  accuracy 0.5",
+        "step 3  loss 0.3333  accuracy 0.5",
+        "step 4  loss 0.25  accuracy 0.5",
     ]
     assert text[0][:2] == "20"  # the year
     assert logging.getLogger("nemotron_launch").handlers == []
@@ -119,20 +117,39 @@ SCRIPT = textwrap.dedent("""
     from pathlib import Path
     from nemotron_launch.trainer.metrics import MetricsLog, train_log
     with train_log(Path(sys.argv[1])):
-        with MetricsLog(Path(sys.argv[1]), {}, total_steps=30) as metrics:
+        with MetricsLog(Path(sys.argv[1]), {}) as metrics, metrics.progress(30, 0):
             for step in range(1, 31):
-                metrics.log(step, {"train/loss": 0.25, "train/accuracy": 0.75, "timing/train/tokens_per_sec": 12345.6})
+                metrics.log(step, 0, {"train": {"loss": 0.25, "accuracy": 0.7}, "timing/train/tokens_per_sec": 12345.6})
                 if step == 15:
                     logging.getLogger("nemotron_launch.x").info("saved [step_15]")
         assert "torch" not in sys.modules and "wandb" not in sys.modules
 """)
 
 
+def test_other_ranks_write_nothing(tmp_path):
+    with MetricsLog(tmp_path / "out", {**OFF, "wandb_enabled": True}, enabled=False) as metrics, metrics.progress(2, 0):
+        metrics.log(1, 0, {"train/loss": 1.0})
+        metrics.sync()
+    assert not (tmp_path / "out").exists()
+
+
+def test_words_before_the_first_number_are_in_the_same_log_once(tmp_path):
+    words = logging.getLogger("nemotron_launch.trainer.data")
+    with train_log(tmp_path):
+        words.info("before")
+        with MetricsLog(tmp_path, OFF):
+            words.info("meanwhile")
+        words.info("after")
+    words.info("too late")
+    text = (tmp_path / "train.log").read_text().splitlines()
+    assert [line.split(" INFO ")[1] for line in text] == ["before", "meanwhile", "after"]
+
+
 def test_a_pipe_gets_messages_and_few_step_lines(tmp_path):
     done = subprocess.run([sys.executable, "-c", SCRIPT, tmp_path], capture_output=True, text=True, check=True)
     shown = done.stderr.splitlines()
     assert len(shown) == 2  # the first step's line and the message; the run is shorter than the 10 s between lines
-    assert shown[0].endswith("step 1/30  loss 0.25  accuracy 0.75  12,346 tokens/s")
+    assert shown[0].endswith("step 1/30  loss 0.25  accuracy 0.7  12,346 tokens/s")
     assert shown[1].endswith("saved [step_15]")
     assert "\x1b" not in done.stderr
 
@@ -219,7 +236,7 @@ def test_a_missing_logger_says_how_to_install_it(tmp_path, monkeypatch, package)
     assert error.value.where == f"logger.{package}_enabled"
 
 
-def test_a_logger_that_breaks_does_not_cost_the_run(tmp_path, caplog):
+def test_a_logger_that_breaks_does_not_cost_the_run(tmp_path):
     with MetricsLog(tmp_path, OFF) as metrics:
         from nemotron_launch.trainer.metric_loggers import MetricLogger
 
@@ -227,9 +244,8 @@ def test_a_logger_that_breaks_does_not_cost_the_run(tmp_path, caplog):
             raise ConnectionError("server gone")
 
         metrics._loggers.append(MetricLogger("Broken", broken, lambda _: None))
-        metrics.log(1, {"train/loss": 1.0})
-        metrics.log(2, {"train/loss": 1.0})
+        metrics.log(1, 0, {"train/loss": 1.0})
+        metrics.log(2, 0, {"train/loss": 1.0})
     assert len(lines(tmp_path)) == 2
-    assert [record.message for record in caplog.records if "Broken" in record.message] == [
-        "Broken takes no more metrics (server gone); metrics.jsonl has them all"
-    ]
+    words = (tmp_path / "train.log").read_text()
+    assert words.count("WARNING Broken takes no more metrics (server gone); metrics.jsonl has them all") == 1
