@@ -38,8 +38,9 @@ def stages(
 
 def check_inputs(step: Step, composed: Composed) -> None:
     """Raise on the first consumed artifact that is not there."""
-    for artifact, error in _missing(step, composed):
-        raise _nobody_makes(step, composed, artifact, error)
+    for artifact, error in _consumed(step, composed):
+        if error:
+            raise _nobody_makes(step, composed, artifact, error)
 
 
 def _stage(step: Step, composed: Composed, passthrough: Sequence[str], runs: Path, fresh: bool, why: str) -> Stage:
@@ -48,34 +49,38 @@ def _stage(step: Step, composed: Composed, passthrough: Sequence[str], runs: Pat
 
 
 def _makers(step: Step, composed: Composed, runs: Path, fresh: bool, chain: tuple[str, ...]) -> Iterator[Stage]:
-    for artifact, error in _missing(step, composed):
-        named = composed.get(f"run.make_missing.{artifact.type}")
-        if named is None:
-            raise _nobody_makes(step, composed, artifact, error)
+    for artifact, error in _consumed(step, composed):
         key = f"run.make_missing.{artifact.type}"
+        named = composed.get(key)
+        if named is None:
+            if error:
+                raise _nobody_makes(step, composed, artifact, error)
+            continue
         maker = find_step(str(named["step"]))
         config = find_config(maker, str(named["config"]))
         label = f"{maker.id} -c {named['config']}"
-        if label in chain:
-            circle = " → ".join([*chain, label])
-            raise composed.problem(key, f"run.make_missing goes in a circle: {circle}")
         made = compose(config, schema=maker.schema)
         left = _left_in(maker, made, artifact)
-        if left is None or not _same_place(left, str(artifact.value)):
+        here = left is not None and _same_place(left, str(artifact.value))
+        if error is None and (not here or _finished(made)):
+            continue
+        if not here:
             raise composed.problem(
                 artifact.key,
                 f"{artifact.key}: {artifact.value} is not there, and {label} leaves its {artifact.type} in {left}",
                 f"set {artifact.key}={left}, or make it yourself" if left else f"choose another step in {key}",
             )
-        if error or not _finished(made):
-            state = "is not there yet" if error else "is not finished"
-            yield from _makers(maker, made, runs, fresh, (*chain, label))
-            why = f"{artifact.type} {artifact.value} {state}: running {label} first (run.make_missing)"
-            yield _stage(maker, made, (), runs, fresh, why)
+        if label in chain:
+            circle = " → ".join([*chain, label])
+            raise composed.problem(key, f"run.make_missing goes in a circle: {circle}")
+        state = "is not there yet" if error else "is not finished"
+        yield from _makers(maker, made, runs, fresh, (*chain, label))
+        why = f"{artifact.type} {artifact.value} {state}: running {label} first (run.make_missing)"
+        yield _stage(maker, made, (), runs, fresh, why)
 
 
-def _missing(step: Step, composed: Composed) -> Iterator[tuple[Artifact, UserError | None]]:
-    """The consumed artifacts that are not there, with the reason; None: there, but another step may not be done."""
+def _consumed(step: Step, composed: Composed) -> Iterator[tuple[Artifact, UserError | None]]:
+    """The artifacts that the config binds, each with the reason why it cannot be consumed, or None."""
     types = load_artifacts()
     for port in step.consumes:
         value = composed.get(port.key)
@@ -87,23 +92,14 @@ def _missing(step: Step, composed: Composed) -> Iterator[tuple[Artifact, UserErr
                 _check_data(step, artifact)
             elif port.type == "checkpoint_megatron":
                 resolve_checkpoint(resolve_path(str(value), step.folder, port.key), where=port.key)
-                if composed.get(f"run.make_missing.{port.type}") and _made_by_named(step, composed, artifact):
-                    yield artifact, None
             elif not (port.type == "checkpoint_hf" and is_hub_id(str(value))):
                 path = resolve_path(str(value), step.folder, port.key)
                 if not path.exists():
                     raise UserError(f"there is no {port.type} {value}", where=port.key)
         except UserError as error:
             yield artifact, error
-
-
-def _made_by_named(step: Step, composed: Composed, artifact: Artifact) -> bool:
-    """Whether the artifact that is there is the one that the named step makes, and perhaps has not finished."""
-    named = composed.get(f"run.make_missing.{artifact.type}")
-    maker = find_step(str(named["step"]))
-    made = compose(find_config(maker, str(named["config"])), schema=maker.schema)
-    left = _left_in(maker, made, artifact)
-    return left is not None and _same_place(left, str(artifact.value))
+        else:
+            yield artifact, None
 
 
 def _check_data(step: Step, artifact: Artifact) -> None:
@@ -145,17 +141,12 @@ def _finished(made: Composed) -> bool:
         return False
 
 
-def _nobody_makes(step: Step, composed: Composed, artifact: Artifact, error: UserError | None) -> UserError:
+def _nobody_makes(step: Step, composed: Composed, artifact: Artifact, error: UserError) -> UserError:
     types = load_artifacts()
-    makers = [
-        other
-        for other in load_steps()
-        if other.id != step.id and any(is_a(types, port.type, artifact.type) for port in other.produces)
-    ]
-    hints = [error.hint] if error and error.hint else []
-    for maker in makers:
-        port = next(port for port in maker.produces if is_a(types, port.type, artifact.type))
-        hints.append(f"make it:  nemotron steps run {maker.id} {port.key}={artifact.value}")
-    message = error.message if error else f"there is no {artifact.type} {artifact.value}"
+    hints = [error.hint] if error.hint else []
+    for maker in load_steps():
+        for port in maker.produces:
+            if maker.id != step.id and is_a(types, port.type, artifact.type):
+                hints.append(f"make it:  nemotron steps run {maker.id} {port.key}={artifact.value}")
     where = composed.sources.where(artifact.key)
-    return UserError(f"{artifact.key}: {message}", where=where, hint="\n".join(hints) or None)
+    return UserError(f"{artifact.key}: {error.message}", where=where, hint="\n".join(hints) or None)
