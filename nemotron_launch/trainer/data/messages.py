@@ -91,7 +91,7 @@ class Framing:
 
 
 def load_framing(section: Mapping[str, Any], tokenizer: Tokenizer, step_dir: Path | None, key: str) -> Framing:
-    """A section's `system_prompt` (or its `system_prompt_file`) and `prompt_file`. Raises UserError for unusable ones."""
+    """A section's `system_prompt` (or `system_prompt_file`) and `prompt_file`. Raises UserError for unusable ones."""
 
     def text(name: str) -> str | None:
         if not section.get(name):
