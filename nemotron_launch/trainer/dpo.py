@@ -30,7 +30,7 @@ from nemotron_launch.trainer.setup import (
 )
 from nemotron_launch.trainer.validation import GenerationCheck, padded, shares, weighted_mean
 
-log = logging.getLogger("nemotron.trainer")
+log = logging.getLogger(__name__)
 METRICS = (
     "loss",
     "preference_loss",

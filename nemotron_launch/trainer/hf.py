@@ -145,7 +145,7 @@ def open_weights(folder: Path) -> Read:
         places = json.loads(index.read_text())["weight_map"]
     elif (folder / "model.safetensors").exists():
         with safe_open(folder / "model.safetensors", "pt") as file:
-            places = dict.fromkeys(file.keys(), "model.safetensors")  # noqa: SIM118 (not a dict)
+            places = dict.fromkeys(file.keys(), "model.safetensors")
     else:
         raise UserError(
             "has no model.safetensors",

@@ -26,7 +26,7 @@ from nemotron_launch.trainer.policy import LossFunction, Policy
 from nemotron_launch.trainer.signals import StopRequest
 from nemotron_launch.trainer.tokenizer import Tokenizer
 
-log = logging.getLogger("nemotron.trainer")
+log = logging.getLogger(__name__)
 
 
 class Task(Protocol):
@@ -170,11 +170,12 @@ def train(run: Run, progress: Progress) -> int:
             if due or (last and config.val_at_end):
                 line |= task.validate()
             must_stop = _must_stop(run, durations, progress.step)
+            # Before the checkpoint: a run that resumes from it then misses no line.
+            run.metrics.log(progress.step, epoch, line)
             if config.checkpoints and run.store.should_save(progress.step, last=last, stopping=must_stop):
                 began = time.monotonic()
                 save(run, progress, line)
-                line["timing/train/checkpointing"] = time.monotonic() - began
-            run.metrics.log(progress.step, epoch, line)
+                log.info("saved step %d in %.1f s", progress.step, time.monotonic() - began)
             if must_stop and not last:
                 log.info("stopped after step %d, ready to resume (exit code %d)", progress.step, exit_codes.RESUME_ME)
                 return exit_codes.RESUME_ME

@@ -68,15 +68,16 @@ def dpo_loss(
     sft = (nll_M * valid_M).sum() / pairs
     loss = weights.preference_loss_weight * preference + weights.sft_loss_weight * sft
     means_B = sums_B / tokens_B if weights.preference_average_log_probs else sums_B
+    counted = valid_pairs.clamp(min=1)
     with torch.no_grad():
         metrics = {
             "loss": loss,
             "preference_loss": preference,
             "sft_loss": sft,
-            "accuracy": ((chosen_M > rejected_M) * valid_M).sum() / pairs,
-            "policy_accuracy": ((means_B[0::2] > means_B[1::2]) * valid_M).sum() / pairs,
-            "rewards_chosen_mean": (chosen_M * valid_M).sum() / pairs,
-            "rewards_rejected_mean": (rejected_M * valid_M).sum() / pairs,
+            "accuracy": ((chosen_M > rejected_M) * valid_M).sum() / counted,
+            "policy_accuracy": ((means_B[0::2] > means_B[1::2]) * valid_M).sum() / counted,
+            "rewards_chosen_mean": (chosen_M * valid_M).sum() / counted,
+            "rewards_rejected_mean": (rejected_M * valid_M).sum() / counted,
             "num_valid_samples": valid_M.sum().double(),
         }
     return loss.float(), {name: value.detach().double() for name, value in metrics.items()}

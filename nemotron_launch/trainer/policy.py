@@ -76,9 +76,7 @@ class Policy:
             results = [torch.zeros_like(batch.mask_NR) for batch in batches]
         return [parallel.from_last_stage(logps) for logps in results]
 
-    def train_step(
-        self, batches: Sequence[Batch], loss: LossFunction, metric_names: Sequence[str]
-    ) -> dict[str, float]:
+    def train_step(self, batches: Sequence[Batch], loss: LossFunction, metric_names: Sequence[str]) -> dict[str, float]:
         """One optimizer step over this rank's micro-batches; metrics summed over micro-batches and data parallelism.
 
         Adds grad_norm (before clipping), lr and wd. Does not judge whether they are finite.
@@ -97,9 +95,7 @@ class Policy:
         self.scheduler.step(1)
         return metrics
 
-    def evaluate(
-        self, batches: Sequence[Batch], loss: LossFunction, metric_names: Sequence[str]
-    ) -> dict[str, float]:
+    def evaluate(self, batches: Sequence[Batch], loss: LossFunction, metric_names: Sequence[str]) -> dict[str, float]:
         """The loss's metrics without a step, summed as in `train_step`."""
         collected = [loss(logps, i)[1] for i, logps in enumerate(self.logps(batches))]
         return self.reduce(collected if self.layout.last_stage else [], metric_names)
@@ -169,9 +165,7 @@ class Policy:
         """log softmax(logits)[target], [W], over the whole vocabulary without its padding."""
         first = self.layout.tensor_rank * logits_Wv.shape[1]
         masked = mask_padding(logits_Wv, first=first, vocab_size=self.architecture.vocab_size)
-        return token_logps(
-            masked, targets_W, first=first, group=parallel_state.get_tensor_model_parallel_group()
-        )
+        return token_logps(masked, targets_W, first=first, group=parallel_state.get_tensor_model_parallel_group())
 
     # -- weights -----------------------------------------------------------------------------------------------
 

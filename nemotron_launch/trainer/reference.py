@@ -31,7 +31,7 @@ from nemotron_launch.trainer.warm_start import WarmStart
 if TYPE_CHECKING:
     from nemotron_launch.trainer.dpo import PreferenceTask
 
-log = logging.getLogger("nemotron.trainer")
+log = logging.getLogger(__name__)
 Score = Callable[[Sequence[Batch]], list[Tensor]]
 
 
@@ -150,9 +150,7 @@ def _dealt(ordered: np.ndarray, ranks: int) -> np.ndarray:
     return ordered.reshape(-1, ranks).T.reshape(-1)
 
 
-def _key(
-    session: Session, start: WarmStart, wanted: dict[str, tuple[Sequence[PreferencePair], np.ndarray]]
-) -> str:
+def _key(session: Session, start: WarmStart, wanted: dict[str, tuple[Sequence[PreferencePair], np.ndarray]]) -> str:
     """Identifies what the sums depend on: weights, tokenizer, rows and how sequences are laid out."""
     digest = hashlib.sha256()
     head = [start.fingerprint, session.tokenizer.fingerprint, session.config["policy"]["precision"]]

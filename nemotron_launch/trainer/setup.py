@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import math
 import os
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +26,12 @@ from nemotron_launch.trainer.checkpoints import CheckpointStore, read_info
 from nemotron_launch.trainer.config_changes import refuse_config_changes
 from nemotron_launch.trainer.megatron import parallel
 from nemotron_launch.trainer.megatron.model import Numerics
-from nemotron_launch.trainer.metrics import MetricsLog
+from nemotron_launch.trainer.metrics import MetricsLog, train_log
 from nemotron_launch.trainer.policy import Policy
 from nemotron_launch.trainer.signals import StopRequest
 from nemotron_launch.trainer.tokenizer import Tokenizer, load_tokenizer
 
-log = logging.getLogger("nemotron.trainer")
+log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -58,12 +60,14 @@ def run_step(step_dir: Path, train: Callable[[Session], int], argv: list[str] | 
     Every UserError is printed once, by rank 0; anything else is a defect of ours and shows its stack in the log.
     """
     started = time.monotonic()
+    # megatron-core warns of its own deprecations and of every optional package that is not there.
+    warnings.filterwarnings("ignore", module=r"megatron\.|torch\.distributed\.")
     stop = StopRequest()
     rank = int(os.environ.get("RANK", "0"))
+    config = yaml.safe_load(_arguments(argv).config.read_text())
     try:
-        config = yaml.safe_load(_arguments(argv).config.read_text())
-        session = _open(config, step_dir, started, stop)
-        return train(session)
+        with train_log(Path(config["output_dir"])) if rank == 0 else contextlib.nullcontext():
+            return train(_open(config, step_dir, started, stop))
     except UserError as error:
         if rank == 0:
             print(error, file=sys.stderr, flush=True)
@@ -86,6 +90,8 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def _open(config: Mapping[str, Any], step_dir: Path, started: float, stop: StopRequest) -> Session:
     doctor.require()
+    if config["policy"]["device"] == "cuda":
+        doctor.require("gpu")
     policy, megatron = config["policy"], config["policy"]["megatron_cfg"]
     os.environ.update({name: str(value) for name, value in (megatron.get("env_vars") or {}).items()})
     section = config.get("dpo") or config.get("sft") or {}
@@ -102,9 +108,6 @@ def _open(config: Mapping[str, Any], step_dir: Path, started: float, stop: StopR
         )
     stop.over(lambda flag: parallel.any_rank(flag, layout.device))
     output_dir = Path(config["output_dir"])
-    if layout.rank == 0:
-        output_dir.mkdir(parents=True, exist_ok=True)
-    parallel.barrier()
     tokenizer = load_tokenizer(policy["tokenizer"], policy["model_name"], step_dir=step_dir)
     architecture = warm_start.resolve_architecture(policy, vocab_size=tokenizer.vocab_size, step_dir=step_dir)
     saving = config["checkpointing"]
@@ -118,7 +121,8 @@ def _open(config: Mapping[str, Any], step_dir: Path, started: float, stop: StopR
         ft_save_period=saving["ft_save_period"],
     )
     if layout.rank == 0:
-        store.clean()
+        for done in store.clean():
+            log.info("%s", done)
     parallel.barrier()
     return Session(config, step_dir, output_dir, started, stop, layout, tokenizer, architecture, store)
 
@@ -169,5 +173,9 @@ def open_metrics(session: Session, resume_step: int) -> MetricsLog:
         text = yaml.safe_dump(dict(session.config), sort_keys=False, allow_unicode=True)
         (session.output_dir / "config.yaml").write_text(text, encoding="utf-8")
     return MetricsLog(
-        session.output_dir, session.config["logger"], resume_step=resume_step, enabled=session.main_rank
+        session.output_dir,
+        session.config["logger"],
+        resume_step=resume_step,
+        config=session.config,
+        enabled=session.main_rank,
     )

@@ -29,7 +29,7 @@ from nemotron_launch.trainer.setup import (
 )
 from nemotron_launch.trainer.validation import GenerationCheck, padded, shares, weighted_mean
 
-log = logging.getLogger("nemotron.trainer")
+log = logging.getLogger(__name__)
 METRICS = ("loss", "num_valid_tokens")
 
 

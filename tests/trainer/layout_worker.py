@@ -56,7 +56,9 @@ def main() -> None:
     steps = range(args.first_step, args.first_step + args.steps)
     data = {step: micro_batches(pairs(PAIRS, seed=step)) for step in steps}
     references = {
-        step: [sequence_logps(logps, batch.mask_NR) for logps, batch in zip(policy.logps(batches), batches, strict=True)]
+        step: [
+            sequence_logps(logps, batch.mask_NR) for logps, batch in zip(policy.logps(batches), batches, strict=True)
+        ]
         for step, batches in data.items()
     }
     policy.make_trainable(megatron_section(lr=3e-3), total_steps=20)

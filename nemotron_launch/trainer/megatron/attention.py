@@ -247,7 +247,9 @@ class RotaryTable:
         self._grow(min(max_positions, 4096))
 
     def _grow(self, positions: int) -> None:
-        angles = torch.arange(positions, device=self._frequencies.device, dtype=torch.float32)[:, None] * self._frequencies
+        angles = (
+            torch.arange(positions, device=self._frequencies.device, dtype=torch.float32)[:, None] * self._frequencies
+        )
         self._cos = (angles.cos() * self._factor).to(self._dtype)
         self._sin = (angles.sin() * self._factor).to(self._dtype)
 

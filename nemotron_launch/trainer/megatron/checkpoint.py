@@ -14,7 +14,7 @@ from nemotron_launch.trainer.megatron import cpu
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from megatron.core import dist_checkpointing
-
+    from megatron.core.dist_checkpointing import ShardedTensor
     from megatron.core.models.gpt import GPTModel
 
 # How the distributed optimizer lays out its shards, where it is in use.
@@ -81,9 +81,9 @@ def _check_shapes(folder: Path, wanted: dict[str, Any]) -> None:
         ) from error
     problems = []
     for tensor in wanted.values():
-        key = getattr(tensor, "key", None)
-        if key is None or not hasattr(tensor, "global_shape"):
+        if not isinstance(tensor, ShardedTensor):
             continue
+        key = tensor.key
         if key not in stored:
             problems.append(f"{key}: not in the checkpoint")
         elif tuple(stored[key].global_shape) != tuple(tensor.global_shape) and not tensor.allow_shape_mismatch:

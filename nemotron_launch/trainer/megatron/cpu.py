@@ -17,7 +17,19 @@ import torch
 
 CPU = torch.device("cpu")
 # What megatron-core calls with device=… . Other names pass through untouched.
-FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn", "zeros_like", "empty_like", "ones_like")
+FACTORIES = (
+    "tensor",
+    "zeros",
+    "ones",
+    "empty",
+    "full",
+    "arange",
+    "rand",
+    "randn",
+    "zeros_like",
+    "empty_like",
+    "ones_like",
+)
 
 
 def _is_cuda(device: Any) -> bool:

@@ -12,9 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def token_logps(
-    logits_Nv: Tensor, targets_N: Tensor, *, first: int, group: dist.ProcessGroup | None
-) -> Tensor:
+def token_logps(logits_Nv: Tensor, targets_N: Tensor, *, first: int, group: dist.ProcessGroup | None) -> Tensor:
     """log softmax(logits)[target] in nats, fp32, [N]; the full [N, V] logits exist on no rank.
 
     first: index of this rank's first column in the vocabulary. Columns of padding must already hold -inf.
@@ -24,9 +22,7 @@ def token_logps(
 
 class _TokenLogps(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, logits_Nv: Tensor, targets_N: Tensor, first: int, group: dist.ProcessGroup | None
-    ) -> Tensor:
+    def forward(ctx: Any, logits_Nv: Tensor, targets_N: Tensor, first: int, group: dist.ProcessGroup | None) -> Tensor:
         parallel = group is not None and group.size() > 1
         logits = logits_Nv.float()
         highest_N1 = logits.amax(-1, keepdim=True)

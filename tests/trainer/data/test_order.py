@@ -15,7 +15,7 @@ SIZES = st.tuples(st.integers(1, 200), st.integers(1, 50)).filter(lambda sizes: 
 
 def epoch_of(
     n: int, batch: int, *, epoch: int = 0, seed: int = 42, shuffle: bool = True, drop_last: bool = False
-) -> list:
+) -> list[list[int]]:
     return [
         batch_indices(
             n, seed=seed, epoch=epoch, step_in_epoch=step, batch=batch, shuffle=shuffle, drop_last=drop_last
@@ -35,7 +35,7 @@ def test_every_row_comes_once_an_epoch(sizes: tuple[int, int], seed: int, epoch:
 @given(sizes=SIZES)
 def test_dropped_rest_is_less_than_a_batch(sizes: tuple[int, int]) -> None:
     n, batch = sizes
-    seen = sum(epoch_of(n, batch, drop_last=True), [])
+    seen: list[int] = sum(epoch_of(n, batch, drop_last=True), [])
     assert len(seen) == len(set(seen)) == n - n % batch
 
 

@@ -27,6 +27,10 @@ GOOD = {"prompt": "two and two?", "chosen": "four", "rejected": "five"}
 EARLIER = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
 
 
+def ranked(rank: int | None, answer: dict[str, str]) -> dict[str, Any]:
+    return {"rank": rank, "completion": [answer]}
+
+
 @pytest.fixture
 def load(tmp_path: Path) -> Load:
     """Loads rows with a tokenizer, through a JSONL file."""
@@ -78,11 +82,11 @@ def test_text_prompt_is_a_user_message_under_a_template(load: Load, chat_tokeniz
         ({"prompt": [USER], "chosen": [USER, FOUR], "rejected": [USER, FIVE]}, {}),
         ({"q": "two and two?", "+": "four", "-": "five"}, {"prompt_key": "q", "chosen_key": "+", "rejected_key": "-"}),
         (
-            {"context": [USER], "completions": [{"rank": 1, "completion": [FIVE]}, {"rank": 0, "completion": [FOUR]}]},
+            {"context": [USER], "completions": [ranked(1, FIVE), ranked(0, FOUR)]},
             {},
         ),
         (
-            {"context": [USER], "completions": [{"rank": 2, "completion": [FOUR]}, {"rank": 7, "completion": [FIVE]}]},
+            {"context": [USER], "completions": [ranked(2, FOUR), ranked(7, FIVE)]},
             {"dataset_name": "PreferenceDataset"},
         ),
         (
@@ -136,15 +140,16 @@ def test_conversations_share_all_but_the_last_answer(load: Load, chat_tokenizer:
         ({"prompt": [USER, FOUR, USER], "chosen": "b", "rejected": "c"},
          "several messages, but the tokenizer has no chat template"),
         ({"prompt": "a", "chosen": [USER], "rejected": [FIVE]}, "an answer is not the assistant's"),
-        ({"chosen": [USER, FOUR], "rejected": [EARLIER[0], FIVE]}, "chosen and rejected differ before their last message"),
+        ({"chosen": [USER, FOUR], "rejected": [EARLIER[0], FIVE]},
+         "chosen and rejected differ before their last message"),
         ({"prompt": "x", "chosen": [USER, FOUR], "rejected": [USER, FIVE]},
          "prompt is not what the conversation in chosen answers"),
         ({"prompt": "a", "chosen": [{"role": "assistant", "content": [{"type": "image"}]}], "rejected": "c"},
          "a message of chosen holds more than text"),
-        ({"context": [USER], "completions": [{"rank": 1, "completion": [FOUR]}, {"rank": 1, "completion": [FIVE]}]}, "tie"),
-        ({"context": [USER], "completions": [{"rank": 1, "completion": [FOUR]}]}, "1 completions, not two"),
-        ({"context": [USER], "completions": [{"completion": [FOUR]}, {"completion": [FIVE]}]}, "a completion has no rank"),
-        ({"completions": [{"rank": 1, "completion": [FOUR]}, {"rank": 2, "completion": [FIVE]}]}, "missing key context"),
+        ({"context": [USER], "completions": [ranked(1, FOUR), ranked(1, FIVE)]}, "tie"),
+        ({"context": [USER], "completions": [ranked(1, FOUR)]}, "1 completions, not two"),
+        ({"context": [USER], "completions": [ranked(None, FOUR), ranked(1, FIVE)]}, "a completion has no rank"),
+        ({"completions": [ranked(1, FOUR), ranked(2, FIVE)]}, "missing key context"),
         ({"context": "a", "response1": "b", "response2": "c", "overall_preference": 0}, "tie"),
         ("text", "not a JSON object"),
     ],
