@@ -16,6 +16,7 @@ from nemotron_launch.errors import UserError
 from nemotron_launch.trainer import exit_codes, warm_start
 from nemotron_launch.trainer.batch import Batch, Group, collate
 from nemotron_launch.trainer.data.sft import SFTExample, load_sft
+from nemotron_launch.trainer.data.sources import data_section
 from nemotron_launch.trainer.loop import LoopConfig, Progress, Run, resume, train
 from nemotron_launch.trainer.losses import sft_loss
 from nemotron_launch.trainer.policy import LossFunction, Policy
@@ -79,9 +80,8 @@ def load_data(session: Session) -> tuple[list[SFTExample], dict[str, list[SFTExa
     data = session.config["data"]
 
     def load(section: Mapping[str, object] | None, key: str, split: str) -> list[SFTExample]:
-        filled = {name: value for name, value in (section or {}).items() if value is not None}
         examples, bad = load_sft(
-            {"split": split, **data["default"], **filled},
+            data_section(data, section, split=split),
             tokenizer=session.tokenizer,
             max_length=data["max_input_seq_length"] or session.config["policy"]["max_total_sequence_length"],
             step_dir=session.step_dir,

@@ -93,16 +93,14 @@ class BadRows:
             )
 
 
-def data_section(data: Mapping[str, Any], name: str) -> dict[str, Any] | None:
-    """`data.train` or `data.validation` with what it takes from the rest of `data`; None where it is null.
+def data_section(data: Mapping[str, Any], own: Mapping[str, Any] | None, *, split: str) -> dict[str, Any]:
+    """One of the config's data sections, complete: what it leaves out (or null) comes from data.default.
 
-    What it leaves out comes from data.default; split is train for train and validation for validation.
+    split: what a split that neither names stands for.
     """
-    own = data.get(name)
-    if own is None:
-        return None
-    merged = {"cache_dir": data.get("cache_dir"), **(data.get("default") or {}), **own}
-    return {**merged, "split": merged.get("split") or ("train" if name == "train" else "validation")}
+    named = {name: value for name, value in (own or {}).items() if value is not None}
+    filled = {"cache_dir": data.get("cache_dir"), **(data.get("default") or {}), **named}
+    return {**filled, "split": filled.get("split") or split}
 
 
 def read_rows(section: Mapping[str, Any], *, step_dir: Path | None, key: str) -> Iterator[Row]:

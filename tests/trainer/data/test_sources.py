@@ -139,16 +139,12 @@ def test_hub_id_without_a_network_is_one_clear_error(tmp_path: Path, monkeypatch
 
 
 def test_sections_take_what_they_lack_from_the_default() -> None:
-    data = {
-        "default": {"prompt_key": "q", "data_path": "x"},
-        "train": {"data_path": "y"},
-        "validation": {"split": "dev"},
-        "cache_dir": "c",
-    }
-    assert data_section(data, "train") == {"prompt_key": "q", "data_path": "y", "split": "train", "cache_dir": "c"}
-    assert (data_section(data, "validation") or {})["split"] == "dev"
-    assert (data_section({**data, "validation": {}}, "validation") or {})["split"] == "validation"
-    assert data_section({"validation": None}, "validation") is None
+    default = {"prompt_key": "q", "data_path": "x", "split": None}
+    data = {"default": default, "cache_dir": "c"}
+    expected = {"prompt_key": "q", "data_path": "y", "split": "train", "cache_dir": "c"}
+    assert data_section(data, {"data_path": "y", "prompt_key": None}, split="train") == expected
+    assert data_section(data, {"split": "dev"}, split="validation")["split"] == "dev"
+    assert data_section(data, None, split="validation") == {**expected, "data_path": "x", "split": "validation"}
 
 
 def test_bad_rows_name_reasons_counts_and_first_places() -> None:
