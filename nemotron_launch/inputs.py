@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nemotron_launch.catalog import Step, find_config, find_step, is_a, load_artifacts, load_steps
-from nemotron_launch.config.compose import Composed, compose
+from nemotron_launch.config.compose import Composed
 from nemotron_launch.errors import UserError
-from nemotron_launch.plan import Artifact, Job, new_run_id, plan_job
+from nemotron_launch.plan import Artifact, Job, compose_for, new_run_id, plan_job
 from nemotron_launch.trainer.checkpoints import resolve_checkpoint
 from nemotron_launch.trainer.paths import is_hub_id, resolve_path
 
@@ -59,7 +59,7 @@ def _makers(step: Step, composed: Composed, runs: Path, fresh: bool, chain: tupl
         maker = find_step(str(named["step"]))
         config = find_config(maker, str(named["config"]))
         label = f"{maker.id} -c {named['config']}"
-        made = compose(config, schema=maker.schema)
+        made = compose_for(maker, config)
         left = _left_in(maker, made, artifact)
         here = left is not None and _same_place(left, str(artifact.value))
         if error is None and (not here or _finished(made)):

@@ -15,7 +15,7 @@ from typing import Any
 
 from nemotron_launch.catalog import Port, Step
 from nemotron_launch.config import checks
-from nemotron_launch.config.compose import Composed, report
+from nemotron_launch.config.compose import Composed, compose, report
 from nemotron_launch.config.validation import Problem
 from nemotron_launch.config.yaml_files import dump
 from nemotron_launch.errors import UserError
@@ -58,6 +58,11 @@ class Job:
     env: Mapping[str, str]
     consumes: tuple[Artifact, ...]
     produces: tuple[Artifact, ...]
+
+
+def compose_for(step: Step, config: Path, overrides: Sequence[str] = ()) -> Composed:
+    """A config of this step, composed with its schema."""
+    return compose(config, overrides, schema=step.schema, step_dir=step.folder)
 
 
 def plan_job(

@@ -14,10 +14,9 @@ from pathlib import Path
 from types import FrameType
 
 from nemotron_launch.catalog import Step
-from nemotron_launch.config.compose import compose
 from nemotron_launch.errors import UserError
 from nemotron_launch.inputs import check_inputs, stages
-from nemotron_launch.plan import Job
+from nemotron_launch.plan import Job, compose_for
 from nemotron_launch.resources import display
 
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
@@ -27,7 +26,7 @@ _TRAINER = {"torch": "torch", "megatron": "megatron-core"}
 
 def run_stages(step: Step, config: Path, overrides: Sequence[str], passthrough: Sequence[str], *, runs: Path) -> int:
     """Run a step here, first the steps that make what it lacks; the exit code of the last one that ran."""
-    composed = compose(config, overrides, schema=step.schema)
+    composed = compose_for(step, config, overrides)
     planned = stages(step, composed, passthrough, runs=runs)
     for stage in planned:
         check_machine(stage.job)

@@ -156,10 +156,9 @@ def _is_override(argument: str) -> bool:
 
 
 def _print_dry_run(step: Step, config: Path, overrides: list[str], passthrough: tuple[str, ...]) -> None:
-    from nemotron_launch.config.compose import compose
-    from nemotron_launch.plan import plan_job
+    from nemotron_launch.plan import compose_for, plan_job
 
-    composed = compose(config, overrides, schema=step.schema)
+    composed = compose_for(step, config, overrides)
     job = plan_job(step, composed, passthrough, runs=RUNS)
     text = _dry_run_text(job, composed)
     if sys.stdout.isatty():

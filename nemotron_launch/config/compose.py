@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nemotron_launch.config import tree
-from nemotron_launch.config.interpolation import UNRESOLVED, resolve, resolve_at
+from nemotron_launch.config.interpolation import resolve, resolve_at
 from nemotron_launch.config.overrides import Override, parse_override
 from nemotron_launch.config.schema import Schema, aliases, fill, known_paths, knows, load_schema, suggest
 from nemotron_launch.config.tree import COMMAND_LINE, DEFAULT, Node, Source
@@ -68,16 +68,18 @@ def compose(
     overrides: Sequence[str] = (),
     *,
     schema: Path | None = None,
+    step_dir: Path | None = None,
     layers: Sequence[Node] = (),
     env: Mapping[str, str] | None = None,
 ) -> Composed:
     """Compose one config file. Lowest first: schema defaults, the file's `defaults:`, the file, `layers`, overrides.
 
-    schema: the step's schema.json, or None where everything is allowed. layers: trees between config and command line
-    (a profile's share). Every problem is a UserError with file and line; those of the values come all together.
+    schema: the step's schema.json, or None where everything is allowed. step_dir: what `step://` means in `defaults:`.
+    layers: trees between config and command line (a profile's share). Every problem is a UserError with file and line;
+    those of the values come all together.
     """
     files: list[Path] = []
-    stack = [*_read(config, (), files), *layers]
+    stack = [*_read(config, (), files, step_dir), *layers]
     root = Node({}, stack[-1].source if stack else DEFAULT)
     for layer in stack:
         root = tree.merge(root, layer)
@@ -113,7 +115,7 @@ def _load(path: Path) -> Node:
     return known[2]
 
 
-def _read(path: Path, chain: tuple[Path, ...], files: list[Path]) -> list[Node]:
+def _read(path: Path, chain: tuple[Path, ...], files: list[Path], step_dir: Path | None) -> list[Node]:
     """The trees of a file and of what its `defaults:` name, lowest first."""
     path = Path(os.path.normpath(path.absolute()))
     if path in chain:
@@ -144,24 +146,25 @@ def _read(path: Path, chain: tuple[Path, ...], files: list[Path]) -> list[Node]:
             trees.append(own)
             placed = True
         else:
-            trees.extend(_read(_named(path.parent, name, entry.source), (*chain, path), files))
+            trees.extend(_read(_named(path.parent, name, entry.source, step_dir), (*chain, path), files, step_dir))
     return trees if placed else [*trees, own]
 
 
-def _named(folder: Path, name: str, source: Source) -> Path:
+def _named(folder: Path, name: str, source: Source, step_dir: Path | None) -> Path:
     """The file that an entry of `defaults:` names, with or without its suffix."""
-    base = folder / Path(name).expanduser()
+    if name.startswith("step://") and step_dir is not None:
+        base = step_dir / name.removeprefix("step://")
+    else:
+        base = folder / Path(name).expanduser()
     candidates = [base] if base.suffix in (".yaml", ".yml") else [Path(f"{base}.yaml"), Path(f"{base}.yml")]
     for candidate in candidates:
         if candidate.is_file():
             return candidate
     there = sorted(path.stem for path in base.parent.glob("*.y*ml")) if base.parent.is_dir() else []
-    near = suggest(there, base.stem)
-    raise UserError(
-        f"defaults: there is no config {name} in {display(base.parent)}",
-        where=str(source),
-        hint=near or (f"there are: {', '.join(there)}" if there else None),
-    )
+    hint = suggest(there, base.stem) or (f"there are: {', '.join(there)}" if there else None)
+    if step_dir is not None and (step_dir / "config" / f"{base.stem}.yaml").is_file():
+        hint = f"the step's own is step://config/{base.stem}"
+    raise UserError(f"defaults: there is no config {name} in {display(base.parent)}", where=str(source), hint=hint)
 
 
 def _origins(stack: list[Node]) -> list[str]:
@@ -322,6 +325,3 @@ def _together(placed: list[tuple[Source, Problem]], config: str) -> UserError:
         lines.append(f"{source}: {problem.message}")
         lines.extend(f"    {line}" for line in (problem.hint or "").splitlines())
     return UserError(f"{len(placed)} problems", where=config, hint="\n".join(lines))
-
-
-__all__ = ["COMMAND_LINE", "UNRESOLVED", "Composed", "Provenance", "compose"]

@@ -122,6 +122,8 @@ class _Resolver:
         self.open[path] = None
         try:
             return self.text(text, path)
+        except RecursionError:
+            raise _Unresolvable("interpolations nested too deeply") from None
         finally:
             del self.open[path]
 

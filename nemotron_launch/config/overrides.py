@@ -155,7 +155,10 @@ class _Reader:
         self.at = at
 
     def whole(self) -> Any:
-        value = self._value("")
+        try:
+            value = self._value("")
+        except RecursionError:
+            _fail(self.text, self.at, "less nesting")
         if self.at < len(self.text):
             found = self.text[self.at]
             if found == ",":

@@ -148,6 +148,16 @@ def test_other_forms_of_defaults_are_refused(make: Make, entry: str) -> None:
     assert refused(make, f"defaults: {entry}\n").startswith("error: mine.yaml:1: defaults: ")
 
 
+def test_a_config_of_ones_own_builds_on_the_steps(make: Make, folder: Path) -> None:
+    (folder / "step" / "config").mkdir(parents=True)
+    (folder / "step" / "config" / "tiny.yaml").write_text("a: 1\nb: 1\n")
+    step = folder / "step"
+    composed = make("defaults: step://config/tiny\na: 2\n", schema=False, step_dir=step)
+    assert composed.data == {"a": 2, "b": 1}
+    text = refused(make, "defaults: tiny\n", schema=False, step_dir=step)
+    assert text.endswith("the step's own is step://config/tiny")
+
+
 def test_no_defaults_is_fine(make: Make) -> None:
     assert make("defaults: null\na: 1\n", schema=False).data == {"a": 1}
 

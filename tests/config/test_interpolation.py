@@ -152,6 +152,7 @@ def test_a_section_taken_over_resolves_where_it_was_written() -> None:
         ({"a": "${b"}, "a: a '}' is missing"),
         ({"a": "${}"}, "a: ${} is not an interpolation"),
         ({"a": "${mul:[1,2}"}, "a: ${mul:…}: cannot read"),
+        ({"a": "${b" * 5000 + "}" * 5000}, "a: interpolations nested too deeply"),
         ({"a": "${a}"}, "a: interpolations in a circle: a → a"),
         ({"a": {"b": "${a}"}}, "a.b: interpolations in a circle: a.b → a"),
     ],

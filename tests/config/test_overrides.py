@@ -124,6 +124,11 @@ def test_a_long_override_is_shown_around_the_error() -> None:
     assert line[pointer.index("^")] == "("
 
 
+def test_endless_nesting_is_one_message() -> None:
+    with pytest.raises(UserError, match="less nesting"):
+        parse_override("a=" + "[" * 100_000)
+
+
 def test_arguments_of_a_resolver_are_values() -> None:
     assert parse_arguments("RL_OUTPUT_DIR,./output/rl") == ["RL_OUTPUT_DIR", "./output/rl"]
     assert parse_arguments("1, 2.5,'x,y',${a}") == [1, 2.5, "x,y", "${a}"]
