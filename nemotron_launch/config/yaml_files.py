@@ -21,6 +21,7 @@ _FLOAT = re.compile(
 )
 _INT = re.compile(r"[-+]?(?:0b[01_]+|0[0-7_]+|0|[1-9][0-9_]*|0x[0-9a-fA-F_]+)\Z")
 _NUMBERS = ("tag:yaml.org,2002:float", "tag:yaml.org,2002:int")
+_DEEPEST = 400
 _LARGEST = 200_000  # values in one file; more is an alias bomb
 
 
@@ -68,6 +69,7 @@ def parse_tree(text: str, shown: str) -> Node:
     """As load_tree, for text. `shown` names it in messages."""
     loader = _Loader(text)
     try:
+        _refuse_deep(text, shown)
         root = loader.get_single_node()
         if root is None:
             return Node({}, Source(shown, 1))
@@ -80,16 +82,27 @@ def parse_tree(text: str, shown: str) -> Node:
         raise _syntax_error(error, text, shown) from None
     except yaml.YAMLError as error:
         raise UserError(f"not YAML: {str(error).splitlines()[0]}", where=shown) from None
-    except RecursionError:
-        raise UserError("nested too deeply", where=shown) from None
     finally:
         loader.dispose()
+
+
+def _refuse_deep(text: str, shown: str) -> None:
+    """libyaml's composer recurses without a limit and would take the process with it."""
+    if len(text) < 1_000_000 and text.count("[") + text.count("{") + text.count("- ") < _DEEPEST:
+        return
+    depth = 0
+    for event in yaml.parse(text, Loader=_Loader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _DEEPEST:
+            line = event.start_mark.line + 1 if event.start_mark else None
+            raise UserError("nested too deeply", where=str(Source(shown, line)))
 
 
 def load_plain(path: Path, name: str = "file") -> Any:
     """Read YAML as plain data, without lines: for manifests, where speed counts."""
     text = _read(path, name)
     try:
+        _refuse_deep(text, display(path))
         return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         raise _syntax_error(error, text, display(path)) from None

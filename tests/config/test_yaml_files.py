@@ -71,6 +71,12 @@ def test_an_alias_bomb_is_refused() -> None:
         parse_tree("\n".join(levels), "f.yaml")
 
 
+@pytest.mark.parametrize("text", ["a: " + "[" * 100_000, "a: " + "{b: " * 5000, "- " * 100_000])
+def test_endless_nesting_is_one_message_and_no_crash(text: str) -> None:
+    with pytest.raises(UserError, match="nested too deeply"):
+        parse_tree(text, "f.yaml")
+
+
 def test_merge_keys_of_yaml_work() -> None:
     root = parse_tree("base: &b {x: 1, y: 2}\nown:\n  <<: *b\n  y: 3\n", "f")
     assert to_plain(root)["own"] == {"x": 1, "y": 3}
