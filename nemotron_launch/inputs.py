@@ -7,13 +7,18 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nemotron_launch.catalog import Step, find_config, find_step, is_a, load_artifacts, load_steps
 from nemotron_launch.config.compose import Composed
 from nemotron_launch.errors import UserError
-from nemotron_launch.plan import Artifact, Job, compose_for, new_run_id, plan_job
+from nemotron_launch.job import Artifact, Job
+from nemotron_launch.plan import compose_for, new_run_id, plan_job
 from nemotron_launch.trainer.checkpoints import resolve_checkpoint
 from nemotron_launch.trainer.paths import is_hub_id, resolve_path
+
+if TYPE_CHECKING:
+    from nemotron_launch.profiles import Profile
 
 _DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
 
@@ -27,13 +32,20 @@ class Stage:
 
 
 def stages(
-    step: Step, composed: Composed, passthrough: Sequence[str], *, runs: Path, fresh_ids: bool = True
+    step: Step,
+    composed: Composed,
+    profile: Profile | None = None,
+    passthrough: Sequence[str] = (),
+    *,
+    run_id: str | None = None,
 ) -> list[Stage]:
     """What to run here, in order: the steps that make missing artifacts (`run.make_missing`), then the step itself.
 
-    UserError: something is missing and no step is named to make it, or the named step would leave it elsewhere.
+    run_id: of the step itself; None draws a fresh one. UserError: something is missing and no step is named to make
+    it, or the named step would leave it elsewhere.
     """
-    return [*_makers(step, composed, runs, fresh_ids, ()), _stage(step, composed, passthrough, runs, fresh_ids, "")]
+    last = plan_job(step, composed, profile, passthrough, run_id=run_id or new_run_id(step, composed))
+    return [*_makers(step, composed, profile, ()), Stage(last, "")]
 
 
 def check_inputs(step: Step, composed: Composed) -> None:
@@ -43,12 +55,7 @@ def check_inputs(step: Step, composed: Composed) -> None:
             raise _nobody_makes(step, composed, artifact, error)
 
 
-def _stage(step: Step, composed: Composed, passthrough: Sequence[str], runs: Path, fresh: bool, why: str) -> Stage:
-    run_id = new_run_id(step, composed) if fresh else None
-    return Stage(plan_job(step, composed, passthrough, runs=runs, run_id=run_id), why)
-
-
-def _makers(step: Step, composed: Composed, runs: Path, fresh: bool, chain: tuple[str, ...]) -> Iterator[Stage]:
+def _makers(step: Step, composed: Composed, profile: Profile | None, chain: tuple[str, ...]) -> Iterator[Stage]:
     for artifact, error in _consumed(step, composed):
         key = f"run.make_missing.{artifact.type}"
         named = composed.get(key)
@@ -59,7 +66,7 @@ def _makers(step: Step, composed: Composed, runs: Path, fresh: bool, chain: tupl
         maker = find_step(str(named["step"]))
         config = find_config(maker, str(named["config"]))
         label = f"{maker.id} -c {named['config']}"
-        made = compose_for(maker, config)
+        made = compose_for(maker, config, (), profile)
         left = _left_in(maker, made, artifact)
         here = left is not None and _same_place(left, str(artifact.value))
         if error is None and (not here or _finished(made)):
@@ -74,9 +81,9 @@ def _makers(step: Step, composed: Composed, runs: Path, fresh: bool, chain: tupl
             circle = " → ".join([*chain, label])
             raise composed.problem(key, f"run.make_missing goes in a circle: {circle}")
         state = "is not there yet" if error else "is not finished"
-        yield from _makers(maker, made, runs, fresh, (*chain, label))
+        yield from _makers(maker, made, profile, (*chain, label))
         why = f"{artifact.type} {artifact.value} {state}: running {label} first (run.make_missing)"
-        yield _stage(maker, made, (), runs, fresh, why)
+        yield Stage(plan_job(maker, made, profile, run_id=new_run_id(maker, made)), why)
 
 
 def _consumed(step: Step, composed: Composed) -> Iterator[tuple[Artifact, UserError | None]]:

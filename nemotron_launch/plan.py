@@ -1,110 +1,130 @@
-"""From a step and its composed config to a job: frozen, complete, the only thing that a backend needs."""
+"""From a step, its composed config and a profile to a job: frozen, complete, the only thing that a backend needs."""
 
 from __future__ import annotations
 
-import hashlib
 import json
+import os
+import posixpath
 import re
-import secrets
 import sys
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from nemotron_launch import bundle, crosschecks
 from nemotron_launch.catalog import Port, Step
 from nemotron_launch.config import checks
-from nemotron_launch.config.compose import Composed, compose, report
+from nemotron_launch.config.compose import Composed, compose_many, report
+from nemotron_launch.config.schema import knows, load_schema
+from nemotron_launch.config.tree import DEFAULT, Node, Source, from_plain
 from nemotron_launch.config.validation import Problem
 from nemotron_launch.config.yaml_files import dump
 from nemotron_launch.errors import UserError
+from nemotron_launch.job import Artifact, Bundle, Container, Executor, File, Job, Mount, Restart, Secret, Service
+from nemotron_launch.secret_names import GuardedEnvironment
+
+if TYPE_CHECKING:
+    from nemotron_launch.profiles import Profile
+
+RUNS = ".nemotron/runs"  # where runs on this machine have their folders
+LONGEST_RUN_ID = 60
+# What the config's `run` section and a profile can both say. The profile's goes over the config's.
+_SHARED = ("time", "image", "python", "env", "mounts", "setup", "services", "max_restarts", "start_timeout")
+_CLUSTER = {"nodes": "num_nodes", "gpus_per_node": "gpus_per_node", "procs_per_node": "procs_per_node"}
+# Keys of a profile that have a place of their own in the job. The others are the executor's options.
+_PLACED = frozenset(
+    (*_SHARED, *_CLUSTER, "executor", "extends", "description", "secrets", "config", "template", "runtime")
+)
 
 
 @dataclass(frozen=True)
-class File:
-    """A file to place in the run's folder before the command starts. `path` is relative to that folder."""
+class Origin:
+    """What a job takes from the machine that compiles it. `steps check` puts in what is the same everywhere.
 
-    path: str
-    text: str
-
-
-@dataclass(frozen=True)
-class Artifact:
-    """An artifact of a job: its type, the config key that binds it, and the path or name that the key holds."""
-
-    type: str
-    required: bool
-    key: str
-    value: Any
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run, described completely. `run_dir` holds `files`; relative paths of the config start at the working folder.
-
-    procs: processes on each node. command: argv. env: set beside what the process inherits.
+    python: what runs the trainer here. steps: the folder that shows a step's script here, "" for where it lies.
+    bundle: finds the code that travels.
     """
 
-    run_id: str
-    step: str
-    config: str
-    run_dir: Path
-    output_dir: Path
-    nodes: int
-    procs: int
-    command: tuple[str, ...]
-    files: tuple[File, ...]
-    env: Mapping[str, str]
-    consumes: tuple[Artifact, ...]
-    produces: tuple[Artifact, ...]
+    python: str = sys.executable
+    steps: str = ""
+    bundle: Callable[[Step, Sequence[str]], Bundle] = bundle.bundle
 
 
-def compose_for(step: Step, config: Path, overrides: Sequence[str] = ()) -> Composed:
-    """A config of this step, composed with its schema."""
-    return compose(config, overrides, schema=step.schema, step_dir=step.folder)
+HERE = Origin()
+
+
+def compose_for(
+    step: Step,
+    config: Path,
+    overrides: Sequence[str] = (),
+    profile: Profile | None = None,
+    *,
+    env: Mapping[str, str] | None = None,
+) -> Composed:
+    """A config of this step, composed with its schema and the profile's share. env: this process's, unless given."""
+    return next(_composed(step, config, [overrides], profile, env))
 
 
 def plan_job(
-    step: Step, composed: Composed, passthrough: Sequence[str] = (), *, runs: Path, run_id: str | None = None
+    step: Step,
+    composed: Composed,
+    profile: Profile | None = None,
+    passthrough: Sequence[str] = (),
+    *,
+    run_id: str | None = None,
+    attached: bool = True,
+    origin: Origin = HERE,
 ) -> Job:
-    """The job that runs this step with this config on this machine.
+    """The job that runs this step with this config where the profile says; None is this machine.
 
-    runs: the folder in which each run has its folder. run_id: None derives one from the content, as a dry run wants it.
-    UserError: sizes that do not fit each other, arguments that the step does not take.
+    composed: by compose_for, so that the profile's share is in it. run_id: None derives one from the content, as a dry
+    run wants it. attached: `-r`, not `-b`. UserError: sizes that do not fit each other, arguments that the step does
+    not take, and what crosschecks finds.
     """
     check_sizes(step, composed)
     check_passthrough(step, passthrough)
-    text = config_text(composed)
-    run_id = run_id or _content_id(step, composed, text, passthrough)
-    run_dir = runs / run_id
-    output_dir = Path(str(composed.get("output_dir", run_dir / "output")))
-    procs = processes(step, composed)
-    script = [str(step.folder / step.entry.script), "--config", str(run_dir / "config.yaml"), *passthrough]
-    if step.entry.launch == "processes":
-        spawn = ["-m", "nemotron_launch.trainer.spawn", "--procs", str(procs), "--output-dir", str(output_dir), "--"]
-        command = (sys.executable, *spawn, *script)
+    job = _job(step, composed, profile, passthrough, run_id or "", attached, origin)
+    if run_id is None:
+        job = _job(step, composed, profile, passthrough, _content_id(job), attached, origin)
     else:
-        command = (sys.executable, *script)
-    return Job(
-        run_id=run_id,
-        step=step.id,
-        config=composed.name,
-        run_dir=run_dir,
-        output_dir=output_dir,
-        nodes=int(composed.get("cluster.num_nodes", 1)),
-        procs=procs,
-        command=command,
-        files=(File("config.yaml", text),),
-        env={},
-        consumes=tuple(_bind(port, composed) for port in step.consumes),
-        produces=tuple(_bind(port, composed) for port in step.produces),
-    )
+        check_run_id(run_id)
+    crosschecks.check(job, step, composed, profile)
+    return job
+
+
+def plan_many(
+    step: Step,
+    config: Path,
+    points: Sequence[Sequence[str]],
+    overrides: Sequence[str] = (),
+    profile: Profile | None = None,
+    passthrough: Sequence[str] = (),
+    *,
+    env: Mapping[str, str] | None = None,
+) -> Iterator[Job]:
+    """A job for each point of a sweep; a point is a list of overrides that go over `overrides`."""
+    found: Callable[[Step, tuple[str, ...]], Bundle] = cache(lambda _, code: bundle.bundle(step, code))
+    once = replace(HERE, bundle=lambda _, code: found(step.id, tuple(code)))  # type: ignore[arg-type]
+    for composed in _composed(step, config, [[*overrides, *point] for point in points], profile, env):
+        yield plan_job(step, composed, profile, passthrough, attached=False, origin=once)
 
 
 def new_run_id(step: Step, composed: Composed) -> str:
     """A fresh name for a run: when, what, and enough chance that no two are alike."""
+    import secrets
+    import time
+
     return f"{time.strftime('%Y%m%d-%H%M%S')}-{_slug(step, composed)}-{secrets.token_hex(3)}"
+
+
+def check_run_id(run_id: str) -> None:
+    """Raise on a run id that cannot be a folder's and a job's name everywhere."""
+    if not re.fullmatch(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?", run_id) or len(run_id) > LONGEST_RUN_ID:
+        hint = f"small letters, digits and - in between, at most {LONGEST_RUN_ID}"
+        raise UserError(f"{run_id!r} cannot be a run id", where="--run-id", hint=hint)
 
 
 def config_text(composed: Composed) -> str:
@@ -140,15 +160,215 @@ def check_passthrough(step: Step, passthrough: Sequence[str]) -> None:
             raise UserError(f"{step.id} takes no argument {name}", hint=hint)
 
 
+# The profile's share of the config --------------------------------------------------------------------------------
+
+
+def _composed(
+    step: Step,
+    config: Path,
+    points: Sequence[Sequence[str]],
+    profile: Profile | None,
+    env: Mapping[str, str] | None,
+) -> Iterator[Composed]:
+    layers = [_share(step, profile), profile.layer] if profile else []
+    guarded = _environment(profile, os.environ if env is None else env)
+    return compose_many(config, points, schema=step.schema, step_dir=step.folder, layers=layers, env=guarded)
+
+
+def _share(step: Step, profile: Profile) -> Node:
+    """What the profile says and the config's `run` section can say too, with its lines. Defaults say nothing."""
+    described = load_schema(step.schema) if step.schema else None
+    run: dict[str, Node] = {}
+    for key in (*_SHARED, *_CLUSTER):
+        written = profile.root.value.get(key)
+        value = profile.data.get(key)
+        if written is None or written.source == DEFAULT or value is None:
+            continue
+        if key in _CLUSTER and described and knows(described, ("cluster", _CLUSTER[key])) != "unknown":
+            continue  # in profile.layer
+        run[key] = from_plain([_as_written(mount) for mount in value] if key == "mounts" else value, written.source)
+    return Node({"run": Node(run, Source(f"profile {profile.name}"))} if run else {}, profile.layer.source)
+
+
+def _as_written(mount: Mapping[str, Any]) -> dict[str, Any]:
+    """A mount as a config has it."""
+    volume = {"from": mount["volume"]} if mount.get("volume") else {}
+    return {"path": mount["source"], "mount_path": mount["target"], "read_only": mount["read_only"], **volume}
+
+
+def _environment(profile: Profile | None, env: Mapping[str, str]) -> Mapping[str, str]:
+    """What `${oc.env:…}` sees: this machine's environment, the profile's over it, no secrets."""
+    if profile is None:
+        return GuardedEnvironment(env)
+    declared = [name for secret in profile.secrets for name in (secret.name, secret.source) if name]
+    return GuardedEnvironment({**env, **profile.data.get("env", {})}, declared, getattr(profile, "public", ()))
+
+
+# The job -----------------------------------------------------------------------------------------------------------
+
+
+def _job(
+    step: Step,
+    composed: Composed,
+    profile: Profile | None,
+    passthrough: Sequence[str],
+    run_id: str,
+    attached: bool,
+    origin: Origin,
+) -> Job:
+    data = profile.data if profile else {}
+    executor: Executor = profile.executor if profile else "local"
+    local = executor == "local"
+    code = [str(folder) for folder in composed.get("run.code", [])]
+    root = str(data.get("remote_job_dir") or RUNS)
+    run_dir = posixpath.join(root, run_id)
+    workdir = "." if local else posixpath.normpath(root)
+    output_dir = str(Path(str(composed.get("output_dir", posixpath.join(run_dir, "output")))))
+    if local:
+        script = posixpath.join(origin.steps, step.id) if origin.steps else str(step.folder)
+    else:
+        script = posixpath.join(run_dir, "code", "steps", step.id)
+        output_dir = posixpath.normpath(posixpath.join(workdir, output_dir))
+    container = _container(step, composed, data, executor, origin)
+    procs = processes(step, composed)
+    command = [posixpath.join(script, step.entry.script), "--config", posixpath.join(run_dir, "config.yaml")]
+    if step.entry.launch == "processes":
+        spawn = ["-m", "nemotron_launch.trainer.spawn", "--procs", str(procs), "--output-dir", output_dir, "--"]
+        command = [*spawn, *command]
+    template = str(data.get("template") or "")
+    return Job(
+        run_id=run_id,
+        name=_slug(step, composed),
+        step=step.id,
+        config=composed.name,
+        executor=executor,
+        profile=profile.name if profile else "",
+        run_dir=run_dir,
+        workdir=workdir,
+        output_dir=output_dir,
+        nodes=int(composed.get("cluster.num_nodes") or composed.get("run.nodes") or 1),
+        procs=procs,
+        gpus_per_node=int(composed.get("cluster.gpus_per_node") or composed.get("run.gpus_per_node") or 0),
+        command=(container.python, *command, *passthrough),
+        files=(File("config.yaml", config_text(composed)),),
+        env=_env(composed, code if local else []),
+        secrets=_secrets(composed, profile),
+        container=container,
+        services=tuple(_services(composed)),
+        setup=tuple(str(line) for line in composed.get("run.setup", [])),
+        restart=Restart(int(composed.get("run.max_restarts", 0))),
+        bundle=None if local else origin.bundle(step, code),
+        consumes=tuple(_bind(port, composed) for port in step.consumes),
+        produces=tuple(_bind(port, composed) for port in step.produces),
+        options=_options(composed, data, attached),
+        template=template,
+        template_from_cwd=bool(template) and _below_cwd(Path(template)),
+        profile_from_cwd=profile.from_cwd if profile else False,
+    )
+
+
 def _bind(port: Port, composed: Composed) -> Artifact:
     return Artifact(port.type, port.required, port.key, composed.get(port.key))
 
 
-def _content_id(step: Step, composed: Composed, text: str, passthrough: Sequence[str]) -> str:
-    content = json.dumps([step.id, composed.name, text, list(passthrough)])
-    return f"{_slug(step, composed)}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
+def _container(
+    step: Step, composed: Composed, data: Mapping[str, Any], executor: Executor, origin: Origin
+) -> Container:
+    runtime = {"local": "none", "lepton": "lepton"}.get(executor) or str(data.get("runtime") or "none")
+    python = composed.get("run.python") or (origin.python if executor == "local" else "python3")
+    if runtime == "none":
+        return Container(python=str(python))
+    mounts = [_mount(entry, composed) for entry in composed.get("run.mounts", [])]
+    home = str(data.get("remote_job_dir") or "")
+    if runtime != "lepton" and home and not any(covers(mount.target, home) for mount in mounts):
+        mounts.append(Mount(home, home))
+    return Container(runtime, str(composed.get("run.image") or step.image), tuple(mounts), str(python))  # type: ignore[arg-type]
+
+
+def _mount(entry: Any, composed: Composed) -> Mount:
+    """A mount as it is written: host:container[:ro], or a mapping."""
+    if isinstance(entry, dict):
+        volume = str(entry.get("from") or "")
+        return Mount(str(entry["path"]), str(entry["mount_path"]), bool(entry.get("read_only")), volume)
+    source, _, rest = str(entry).partition(":")
+    target, _, mode = rest.partition(":")
+    if not source or mode not in ("", "ro", "rw"):
+        raise composed.problem(
+            "run.mounts", f"the mount {entry!r} cannot be read", "write host:container or host:container:ro"
+        )
+    return Mount(source, target or source, mode == "ro")
+
+
+def covers(folder: str, path: str) -> bool:
+    """Whether a path is this folder or lies in it."""
+    folder, path = posixpath.normpath(folder), posixpath.normpath(path)
+    return path == folder or path.startswith(folder.rstrip("/") + "/")
+
+
+def _env(composed: Composed, code: Sequence[str]) -> dict[str, str]:
+    env = {name: _text(value) for name, value in (composed.get("run.env") or {}).items() if value is not None}
+    if code:  # not in a bundle: found where it lies
+        parents = dict.fromkeys(str(Path(folder).expanduser().absolute().parent) for folder in code)
+        before = env.get("PYTHONPATH") or os.environ.get("PYTHONPATH")
+        env["PYTHONPATH"] = os.pathsep.join([*parents, *([before] if before else [])])
+    return env
+
+
+def _secrets(composed: Composed, profile: Profile | None) -> tuple[Secret, ...]:
+    """The profile's secrets, and those that the config names besides."""
+    found = {secret.name: secret for secret in (profile.secrets if profile else ())}
+    for name in composed.get("run.secrets", []):
+        found.setdefault(name, Secret(name, source=name))
+    return tuple(found.values())
+
+
+def _services(composed: Composed) -> Iterator[Service]:
+    for name, given in (composed.get("run.services") or {}).items():
+        yield Service(
+            name=name,
+            command=tuple(_text(word) for word in given["command"]),
+            port=given["port"],
+            nodes=given.get("nodes", 0),
+            gpus=given.get("gpus", 0),
+            health=given.get("health", ""),
+            start_timeout=given.get("start_timeout", 1800),
+            image=given.get("image", ""),
+            env={key: _text(value) for key, value in (given.get("env") or {}).items()},
+        )
+
+
+def _options(composed: Composed, data: Mapping[str, Any], attached: bool) -> dict[str, Any]:
+    """The executor's own keys. The partition is that of the way in which the run is started."""
+    options = {key: value for key, value in data.items() if key not in _PLACED}
+    for key in ("time", "start_timeout"):
+        value = composed.get(f"run.{key}", data.get(key))
+        if value is not None:
+            options[key] = value
+    chosen = options.pop("run_partition", None), options.pop("batch_partition", None)
+    if chosen[not attached]:
+        options["partition"] = chosen[not attached]
+    return options
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _below_cwd(path: Path) -> bool:
+    return path.is_relative_to(Path.cwd())
+
+
+def _content_id(job: Job) -> str:
+    """A run id that the same content always gets."""
+    content = json.dumps(job, default=lambda part: dict(vars(part)), sort_keys=True)
+    if job.template:
+        try:
+            content += Path(job.template).read_text(encoding="utf-8")
+        except (OSError, ValueError):
+            pass  # said when it is rendered
+    return f"{job.name}-{sha256(content.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"
 
 
 def _slug(step: Step, composed: Composed) -> str:
     tail = step.id.rpartition("/")[2]
-    return re.sub(r"[^a-z0-9]+", "-", f"{tail}-{composed.name}".lower()).strip("-")[:40]
+    return re.sub(r"[^a-z0-9]+", "-", f"{tail}-{composed.name}".lower())[:36].strip("-")

@@ -10,21 +10,20 @@ import pytest
 from nemotron_launch.catalog import find_config, find_step
 from nemotron_launch.config.compose import compose
 from nemotron_launch.errors import UserError
-from nemotron_launch.plan import Job, new_run_id, plan_job
-
-RUNS = Path(".nemotron/runs")
+from nemotron_launch.job import Job
+from nemotron_launch.plan import new_run_id, plan_job
 
 
 def job_of(step_id: str, config: str | None, *overrides: str, passthrough: tuple[str, ...] = ()) -> Job:
     step = find_step(step_id)
-    return plan_job(step, compose(find_config(step, config), overrides, schema=step.schema), passthrough, runs=RUNS)
+    return plan_job(step, compose(find_config(step, config), overrides, schema=step.schema), None, passthrough)
 
 
 def test_a_training_step_is_started_by_spawn() -> None:
     job = job_of("dpo", "tiny", "cluster.procs_per_node=2")
     step = find_step("dpo")
-    config = str(job.run_dir / "config.yaml")
-    spawn = ("-m", "nemotron_launch.trainer.spawn", "--procs", "2", "--output-dir", str(job.output_dir), "--")
+    config = f"{job.run_dir}/config.yaml"
+    spawn = ("-m", "nemotron_launch.trainer.spawn", "--procs", "2", "--output-dir", job.output_dir, "--")
     assert job.command == (sys.executable, *spawn, str(step.folder / "train.py"), "--config", config)
     assert (job.nodes, job.procs) == (1, 2)
     assert [file.path for file in job.files] == ["config.yaml"]
@@ -37,7 +36,7 @@ def test_without_procs_per_node_there_is_one_process_per_gpu() -> None:
 def test_a_python_step_is_started_by_itself(tree: Path) -> None:
     job = job_of("small", None, passthrough=("--flag",))
     script = str(tree / "sft/small/train.py")
-    assert job.command == (sys.executable, script, "--config", str(job.run_dir / "config.yaml"), "--flag")
+    assert job.command == (sys.executable, script, "--config", f"{job.run_dir}/config.yaml", "--flag")
 
 
 def test_artifacts_are_bound_to_their_keys() -> None:

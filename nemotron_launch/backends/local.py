@@ -12,22 +12,35 @@ from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from nemotron_launch.catalog import Step
 from nemotron_launch.errors import UserError
 from nemotron_launch.inputs import check_inputs, stages
-from nemotron_launch.plan import Job, compose_for
+from nemotron_launch.job import Job
+from nemotron_launch.plan import compose_for
 from nemotron_launch.resources import display
+
+if TYPE_CHECKING:
+    from nemotron_launch.profiles import Profile
 
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 _PR_SET_PDEATHSIG = 1
 _TRAINER = {"torch": "torch", "megatron": "megatron-core"}
 
 
-def run_stages(step: Step, config: Path, overrides: Sequence[str], passthrough: Sequence[str], *, runs: Path) -> int:
+def run_stages(
+    step: Step,
+    config: Path,
+    overrides: Sequence[str],
+    passthrough: Sequence[str],
+    profile: Profile | None = None,
+    *,
+    run_id: str | None = None,
+) -> int:
     """Run a step here, first the steps that make what it lacks; the exit code of the last one that ran."""
-    composed = compose_for(step, config, overrides)
-    planned = stages(step, composed, passthrough, runs=runs)
+    composed = compose_for(step, config, overrides, profile)
+    planned = stages(step, composed, profile, passthrough, run_id=run_id)
     for stage in planned:
         check_machine(stage.job)
     for stage in planned:
@@ -84,19 +97,20 @@ def check_machine(job: Job) -> None:
 
 def place_files(job: Job) -> None:
     """Write the job's files into its folder, readable by nobody else: a config may name what is private."""
-    home = job.run_dir.parent.parent
+    run_dir = Path(job.run_dir)
+    home = run_dir.parent.parent
     try:
-        job.run_dir.mkdir(parents=True, mode=0o700)
+        run_dir.mkdir(parents=True, mode=0o700)
         if home.name == ".nemotron" and not (home / ".gitignore").exists():
             (home / ".gitignore").write_text("*\n")
         for file in job.files:
-            path = job.run_dir / file.path
+            path = run_dir / file.path
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch(mode=0o600)
             path.write_text(file.text, encoding="utf-8")
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
-        raise UserError(f"cannot be written: {reason}", where=display(Path(error.filename or job.run_dir))) from None
+        raise UserError(f"cannot be written: {reason}", where=display(Path(error.filename or run_dir))) from None
 
 
 class _Held:

@@ -16,9 +16,7 @@ from nemotron_launch.errors import UserError
 
 if TYPE_CHECKING:
     from nemotron_launch.config.compose import Composed
-    from nemotron_launch.plan import Job
-
-RUNS = Path(".nemotron") / "runs"
+    from nemotron_launch.job import Job
 
 steps = LazyGroup(
     "steps",
@@ -148,7 +146,7 @@ def run(ctx: click.Context, step_id: str, arguments: tuple[str, ...], config: st
         return
     from nemotron_launch.backends.local import run_stages
 
-    ctx.exit(run_stages(step, find_config(step, config), overrides, passthrough, runs=RUNS))
+    ctx.exit(run_stages(step, find_config(step, config), overrides, passthrough))
 
 
 def _is_override(argument: str) -> bool:
@@ -159,7 +157,7 @@ def _print_dry_run(step: Step, config: Path, overrides: list[str], passthrough: 
     from nemotron_launch.plan import compose_for, plan_job
 
     composed = compose_for(step, config, overrides)
-    job = plan_job(step, composed, passthrough, runs=RUNS)
+    job = plan_job(step, composed, None, passthrough)
     text = _dry_run_text(job, composed)
     if sys.stdout.isatty():
         from nemotron_launch.cli.tables import print_yaml

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,23 +78,37 @@ def compose(
     layers: trees between config and command line (a profile's share). Every problem is a UserError with file and line;
     those of the values come all together.
     """
+    return next(compose_many(config, [overrides], schema=schema, step_dir=step_dir, layers=layers, env=env))
+
+
+def compose_many(
+    config: Path,
+    points: Iterable[Sequence[str]],
+    *,
+    schema: Path | None = None,
+    step_dir: Path | None = None,
+    layers: Sequence[Node] = (),
+    env: Mapping[str, str] | None = None,
+) -> Iterator[Composed]:
+    """As compose, for many lists of overrides; what lies below them is read and merged once."""
+    env = env if env is not None else os.environ
     files: list[Path] = []
     stack = [*_read(config, (), files, step_dir), *layers]
-    root = Node({}, stack[-1].source if stack else DEFAULT)
+    base = Node({}, stack[-1].source if stack else DEFAULT)
     for layer in stack:
-        root = tree.merge(root, layer)
+        base = tree.merge(base, layer)
     described = load_schema(schema) if schema else None
-    root = _apply_overrides(root, [parse_override(text) for text in overrides], described)
-    if described:
-        root = fill(described, root)
-        order = {origin: rank for rank, origin in enumerate(_origins(stack))}
-        root = _apply_aliases(root, described, order, env if env is not None else os.environ)
-    data, problems = resolve(root, env if env is not None else os.environ)
-    if described and not problems:
-        problems = check(described, data)
-    if problems:
-        raise report(problems, root, config)
-    return Composed(config.stem, data, Provenance(root), tuple(files), tuple(overrides))
+    order = {origin: rank for rank, origin in enumerate(_origins(stack))}
+    for overrides in points:
+        root = _apply_overrides(base, [parse_override(text) for text in overrides], described)
+        if described:
+            root = _apply_aliases(fill(described, root), described, order, env)
+        data, problems = resolve(root, env)
+        if described and not problems:
+            problems = check(described, data)
+        if problems:
+            raise report(problems, root, config)
+        yield Composed(config.stem, data, Provenance(root), tuple(files), tuple(overrides))
 
 
 # Files -------------------------------------------------------------------------------------------------------------
@@ -280,6 +294,8 @@ def _apply_aliases(root: Node, schema: Schema, order: dict[str, int], env: Mappi
     for alias, target in aliases(schema):
         given = tree.find(root, alias)
         if given is None or given.value is None:
+            continue
+        if knows(schema, target) == "unknown":
             continue
         there = tree.find(root, target)
         alias_rank = order.get(given.source.origin, 1)

@@ -39,6 +39,7 @@ class Schema:
     path: Path
     tree: dict[str, Any]
     filled: dict[int, Node | None] = field(default_factory=dict, repr=False, compare=False)
+    aliases: list[tuple[tuple[str, ...], tuple[str, ...]]] = field(default_factory=list, repr=False, compare=False)
 
 
 _loaded: dict[Path, tuple[dict[Path, int], Schema]] = {}
@@ -230,7 +231,10 @@ def known_paths(schema: Schema) -> Iterator[tuple[tree.Path, dict[str, Any]]]:
 
 def aliases(schema: Schema) -> list[tuple[tree.Path, tree.Path]]:
     """The keys that are another name for a key: (alias, the key that it sets)."""
-    return [(path, tuple(part["x-alias-of"].split("."))) for path, part in known_paths(schema) if "x-alias-of" in part]
+    if not schema.aliases:
+        found = [(path, part["x-alias-of"]) for path, part in known_paths(schema) if "x-alias-of" in part]
+        schema.aliases.extend((path, tuple(target.split("."))) for path, target in found)
+    return schema.aliases
 
 
 def suggest(known: list[str], unknown: str) -> str | None:
