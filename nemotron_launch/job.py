@@ -56,11 +56,13 @@ class Secret:
     """An environment variable whose value stays out of every file that is shown. Only its name is known here.
 
     source: the client's environment variable that holds the value (Slurm). reference: the workspace's secret (Lepton).
+    optional: the job goes without it where the source is not set.
     """
 
     name: str
     source: str = ""
     reference: str = ""
+    optional: bool = False
 
 
 @dataclass(frozen=True)
