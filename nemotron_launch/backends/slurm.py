@@ -1,0 +1,366 @@
+"""A job as files for Slurm: the sbatch script, the wrapper that runs on every node, the import of its image.
+
+Everything clever is computed here, so that the templates read as the script that they produce.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemotron_launch import images, quoting
+from nemotron_launch.errors import UserError
+from nemotron_launch.job import File, Job, Mount, Service
+from nemotron_launch.quoting import sbatch, sh, sh_words
+from nemotron_launch.render import Rendered, fill, fill_own
+
+MAIN = "job.sbatch"
+IMPORT = "import_image.sbatch"
+SECRETS = "secrets.env"
+CLAIMED = 86  # exit code of a job that finds its run claimed by another one
+SPAWN = "nemotron_launch.trainer.spawn"
+
+_SIGNALS = ("USR1", "TERM")
+# What the script itself relies on, or what has a key of its own in a profile.
+_OWN_OPTIONS = {
+    "job-name": "run_id", "J": "run_id", "output": "", "o": "", "error": "", "e": "", "open-mode": "", "wrap": "",
+    "parsable": "", "array": "", "a": "", "export": "env", "ntasks": "", "n": "", "ntasks-per-node": "",
+    "nodes": "nodes", "N": "nodes", "chdir": "remote_job_dir", "D": "remote_job_dir", "account": "account",
+    "A": "account", "partition": "partition", "p": "partition", "qos": "qos", "q": "qos", "time": "time", "t": "time",
+    "signal": "signal", "requeue": "requeue", "no-requeue": "requeue", "comment": "comment", "mail-user": "mail",
+    "mail-type": "mail", "mem": "mem", "cpus-per-task": "cpus_per_task", "c": "cpus_per_task", "wait": "", "W": "",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Step:
+    """An srun step, as the template prints it: options one a line, words quoted."""
+
+    name: str
+    options: tuple[str, ...]
+    launcher: str  # what the runtime wants before the command, "ch-run … --"; empty for pyxis and none
+    command: str
+
+
+def render_job(job: Job) -> Rendered:
+    """The files of a job on Slurm. UserError: a value that the script, Slurm or the container runtime cannot carry."""
+    _check(job)
+    image = images.parse(job.container.image) if job.container.image and job.container.runtime != "none" else None
+    values = _values(job, image)
+    text = fill_own(Path(job.template), values) if job.template else fill("slurm/job.sbatch.j2", values)
+    if "\r\n" in text:
+        raise UserError("sbatch takes no script with a carriage return before a line's end", where=_with_crlf(job))
+    files = [File(MAIN, text), File("node.sh", fill("slurm/node.sh.j2", _node_values(job, None)))]
+    files += [
+        File(f"service-{service.name}.sh", fill("slurm/node.sh.j2", _node_values(job, service)))
+        for service in job.services
+    ]
+    if job.setup:
+        files.append(File("setup.sh", _setup(job)))
+    if image and image.uri:
+        files.append(File(IMPORT, fill("slurm/import_image.sbatch.j2", _import_values(job, image))))
+    return Rendered(MAIN, (*files, *job.files))
+
+
+def secrets_text(values: Mapping[str, str]) -> str:
+    """The text of `secrets.env` (to be written with mode 0600): `export NAME=value` lines for a shell to source."""
+    return "".join(f"export {quoting.name(name)}={sh(value, name)}\n" for name, value in values.items())
+
+
+def _check(job: Job) -> None:
+    if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", job.run_id):
+        raise UserError(f"{job.run_id!r} is no run id: lower-case letters, digits and - only", where="run id")
+    quoting.slurm_path(job.run_dir, "remote_job_dir")
+    quoting.path(job.workdir, "remote_job_dir")
+    for service in job.services:
+        if not re.fullmatch(r"[a-z][a-z0-9_-]*", service.name):
+            hint = "lower-case letters, digits, _ and -"
+            raise UserError(f"{service.name!r} is no name for a service", where="services", hint=hint)
+        if not re.fullmatch(r"[!-~]*", service.health):
+            raise UserError(f"{service.health!r} is no path of a URL", where=f"services.{service.name}.health")
+    if job.restart.max_restarts and job.options.get("requeue") is False:
+        hint = "set requeue: true, or max_restarts: 0"
+        raise UserError("a job that may not be requeued cannot restart itself", where="max_restarts", hint=hint)
+
+
+def _values(job: Job, image: images.Image | None) -> dict[str, Any]:
+    """What the template of the sbatch script sees; strings are shell words unless said otherwise."""
+    image_dir = str(job.options.get("image_dir") or posixpath.join(posixpath.dirname(job.run_dir), "images"))
+    return {
+        "job": job,
+        "directives": _directives(job),
+        "about": _about(job),
+        "run_dir": sh(job.run_dir),
+        "workdir": sh(job.workdir),
+        "claimed": CLAIMED,
+        "resume_code": job.restart.resume_code,
+        "max_restarts": job.restart.max_restarts,
+        "bundle": sh(job.bundle.file, "bundle") if job.bundle else "",
+        "bundle_sha256": job.bundle.sha256 if job.bundle else "",
+        "secrets": bool(job.secrets),
+        "interface": sh(job.options["interface"], "interface") if job.options.get("interface") else "",
+        "hang_timeout": int(job.options.get("hang_timeout") or 0),
+        "metrics": sh(posixpath.join(job.workdir, job.output_dir, "metrics.jsonl"), "output_dir"),
+        "image_uri": sh(image.uri, "image") if image else "",
+        "image_path": _image_path(job, image, image_dir) if image else "",
+        "services": [_service(job, n) for n in range(len(job.services))],
+        "trainer": _Step(
+            "node",
+            (*_step_options(job, 0, job.nodes), *_container_options(job, ""), *_srun_args(job)),
+            _launcher(job, ""),
+            sh_words(job.command, "command"),
+        ),
+    }
+
+
+def _about(job: Job) -> str:
+    """One line for a comment: what this is. Names of steps, configs and profiles may hold anything."""
+    text = f"{job.step} -c {job.config}, profile {job.profile}"
+    return re.sub(r"[\x00-\x1f\x7f\x85\u2028\u2029\ud800-\udfff]", "?", text)
+
+
+def _directives(job: Job) -> tuple[str, ...]:
+    """The options of sbatch without their `#SBATCH`, always in the same order, as sbatch's own parser reads them."""
+    options = job.options
+    found: list[str] = []
+
+    def give(option: str, value: Any, key: str = "") -> None:
+        if value is not None and value != "" and value != () and value != []:
+            text = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+            found.append(f"--{option}={sbatch(text, key or option.replace('-', '_'))}")
+
+    give("job-name", job.run_id)
+    for option in ("account", "partition", "qos", "reservation", "constraint", "nodelist", "exclude"):
+        give(option, options.get(option))
+    give("nodes", job.nodes + sum(service.nodes for service in job.services))
+    give("ntasks-per-node", 1)
+    gpus, directive = _gpus_per_node(job), options.get("gpu_directive", "gpus-per-node")
+    if gpus and directive != "none":
+        give(directive, f"gpu:{gpus}" if directive == "gres" else gpus)
+    give("cpus-per-task", options.get("cpus_per_task"))
+    give("mem", options.get("mem"))
+    if options.get("exclusive"):
+        found.append("--exclusive")
+    give("time", options.get("time"))
+    give("signal", _signal(options.get("signal", "USR1@300")), "signal")
+    found.append("--requeue" if options.get("requeue", True) else "--no-requeue")
+    give("network", options.get("network"))
+    give("segment", options.get("segment"))
+    mail = options.get("mail") or {}
+    give("mail-user", mail.get("user"), "mail.user")
+    give("mail-type", mail.get("type"), "mail.type")
+    give("comment", " ".join(filter(None, [str(options.get("comment") or ""), f"nemotron:{job.run_id}"])))
+    give("chdir", job.workdir, "remote_job_dir")
+    give("open-mode", "append")
+    give("output", posixpath.join(job.run_dir, "slurm-%j.out"), "remote_job_dir")
+    return (*found, *_more("sbatch_args", options.get("sbatch_args") or (), sbatch))
+
+
+def _signal(value: str | None) -> str | None:
+    """To the batch script, which passes it on: B:USR1@300."""
+    if not value:
+        return None
+    found = re.fullmatch(r"(?:SIG)?([A-Z0-9]+)@(\d+)", value)
+    if not found or found.group(1) not in _SIGNALS:
+        hint = "USR1@300: USR1 or TERM, and how many seconds before the time limit"
+        raise UserError(f"the trainer does not listen to {value!r}", where="signal", hint=hint)
+    return f"B:{found.group(1)}@{found.group(2)}"
+
+
+def _more(key: str, arguments: Iterable[str], quote: Any) -> list[str]:
+    """A profile's further options, one an entry: `--licenses=x`, or `-L x` (the value quoted where it needs it)."""
+    quoted = []
+    for n, argument in enumerate(arguments):
+        where = f"{key}[{n}]"
+        found = re.fullmatch(r"--([a-z0-9-]+)(?:(=)(.*))?|-([A-Za-z])(?:()\s*(.+))?", argument, re.DOTALL)
+        if not found:
+            raise UserError(f"{argument!r} is no option", where=where, hint="one an entry, with = before its value")
+        option, sign, value = found.group(1) or found.group(4), found.group(2) or "", found.group(3) or found.group(6)
+        if key == "sbatch_args" and option in _OWN_OPTIONS:
+            own = _OWN_OPTIONS[option]
+            hint = f"use the profile's key {own}" if own else "the script relies on its own"
+            raise UserError(f"{argument.split('=')[0]} cannot be set here", where=where, hint=hint)
+        start = f"--{option}{sign}" if found.group(1) else f"-{option}"
+        quoted.append(start + (quote(value, where) if value is not None else ""))
+    return quoted
+
+
+def _srun_args(job: Job) -> list[str]:
+    return _more("srun_args", job.options.get("srun_args") or (), sh)
+
+
+def _gpus_per_node(job: Job) -> int:
+    """Every node of an allocation is alike: as many GPUs as the one that needs most, the first or a service's own."""
+    shared = sum(service.gpus for service in job.services if not service.nodes)
+    return max([job.gpus_per_node + shared, *(service.gpus for service in job.services if service.nodes)])
+
+
+def _step_options(job: Job, first: int, nodes: int) -> list[str]:
+    """Where a step runs. `--cpus-per-task` is repeated since srun stopped inheriting it from sbatch (22.05)."""
+    options = [f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1"]
+    if job.services:
+        options += [f"--relative={first}", "--overlap"]
+    if job.options.get("cpus_per_task"):
+        options.append(f"--cpus-per-task={int(job.options['cpus_per_task'])}")
+    mpi = sh(job.options.get("mpi") or "none", "mpi")
+    return [*options, f"--mpi={mpi}", "--export=ALL", "--kill-on-bad-exit=1"]
+
+
+def _container_options(job: Job, image: str) -> list[str]:
+    """Pyxis' options of srun. image: a service's own; empty for the job's, which the script has in `$image`."""
+    if job.container.runtime != "pyxis":
+        return []
+    mounts = ",".join(_pyxis_mount(n, mount) for n, mount in enumerate(_mounts(job)))
+    uri = images.parse(image) if image else None
+    return [
+        f"--container-image={sh(uri.uri or uri.path)}" if uri else '--container-image="$image"',
+        f"--container-mounts={sh(mounts)}",
+        f"--container-workdir={sh(job.workdir)}",
+        "--no-container-mount-home",
+    ]
+
+
+def _pyxis_mount(n: int, mount: Mount) -> str:
+    source, target = quoting.mount(mount.source, f"mounts[{n}]"), quoting.mount(mount.target, f"mounts[{n}]")
+    return f"{source}:{target}" + (":ro" if mount.read_only else "")
+
+
+def _launcher(job: Job, image: str) -> str:
+    """The program that enters the container: Charliecloud's ch-run; nothing for pyxis, which is part of srun."""
+    if job.container.runtime != "charliecloud":
+        return ""
+    binds = []
+    for n, mount in enumerate(_mounts(job)):
+        source, target = quoting.mount(mount.source, f"mounts[{n}]"), quoting.mount(mount.target, f"mounts[{n}]")
+        if mount.read_only:
+            hint = "charliecloud binds folders as they are; leave :ro away"
+            raise UserError(f"{source} cannot be read-only", where=f"mounts[{n}]", hint=hint)
+        binds.append(f"--bind={sh(f'{source}:{target}')}")
+    where = sh(images.parse(image).path) if image else '"$image"'
+    return " ".join(["ch-run", *binds, f"--cd={sh(job.workdir)}", where, "--"])
+
+
+def _mounts(job: Job) -> list[Mount]:
+    """The container's mounts, and the folder of all runs unless one of them shows it at its own path."""
+    home = posixpath.dirname(job.run_dir.rstrip("/"))
+    covering = [m for m in job.container.mounts if (home + "/").startswith(m.target.rstrip("/") + "/")]
+    deepest = max(covering, key=lambda m: len(m.target.rstrip("/")), default=None)
+    if deepest and deepest.source.rstrip("/") == deepest.target.rstrip("/") and not deepest.read_only:
+        return list(job.container.mounts)
+    return [*job.container.mounts, Mount(home, home)]
+
+
+def _image_path(job: Job, image: images.Image, image_dir: str) -> str:
+    """The image as a file: as given, or where its import puts it."""
+    if job.container.runtime == "charliecloud" and not image.path:
+        raise UserError(
+            f"charliecloud runs a squash file or an unpacked folder, not {job.container.image}",
+            where="image",
+            hint="make one:  ch-image pull …  and  ch-convert … /lustre/images/NAME.sqsh",
+        )
+    return sh(image.path or posixpath.join(quoting.path(image_dir, "image_dir"), image.squash_name), "image")
+
+
+def _service(job: Job, n: int) -> dict[str, Any]:
+    service = job.services[n]
+    first = job.nodes + sum(other.nodes for other in job.services[:n]) if service.nodes else 0
+    return {
+        "name": service.name,
+        "variable": "NEMOTRON_SERVICE_" + re.sub(r"[^A-Z0-9]", "_", service.name.upper()),
+        "first": first,
+        "port": int(service.port),
+        "health": sh(service.health),
+        "start_timeout": int(service.start_timeout),
+        "step": _Step(
+            service.name,
+            (*_step_options(job, first, service.nodes or 1), *_container_options(job, service.image)),
+            _launcher(job, service.image),
+            sh_words(service.command, f"services.{service.name}.command"),
+        ),
+    }
+
+
+def _gpu_slice(job: Job, service: Service | None) -> tuple[int, int] | None:
+    """First GPU and number of GPUs of a program that shares its node with others; None where it has all of them."""
+    if not any(other.gpus and not other.nodes for other in job.services):
+        return None
+    if service is None:
+        return 0, job.gpus_per_node
+    if service.nodes:
+        return None
+    before = job.services[: job.services.index(service)]
+    return job.gpus_per_node + sum(other.gpus for other in before if not other.nodes), service.gpus
+
+
+def _node_values(job: Job, service: Service | None) -> dict[str, Any]:
+    """What the wrapper's template sees: of the trainer, or of a service."""
+    env = {**job.env, **(service.env if service else {})}
+    key = f"services.{service.name}.env" if service else "env"
+    trains = service is None and SPAWN in job.command
+    remote = posixpath.dirname(job.run_dir.rstrip("/"))
+    return {
+        "about": f"service {service.name} of {_about(job)}" if service else _about(job),
+        "run_dir": sh(job.run_dir),
+        "workdir": sh(job.workdir),
+        "hf_home": sh(posixpath.join(remote, "hf")),
+        "env": [(quoting.name(name, key), sh(value, f"{key}.{name}")) for name, value in env.items()],
+        "secrets": [quoting.name(secret.name, "secrets") for secret in job.secrets],
+        "bundle": job.bundle is not None and service is None,
+        "setup": bool(job.setup),
+        "doctor": sh(job.container.python, "python") if trains else "",
+        "resume_code": job.restart.resume_code,
+        "gpus": _gpu_slice(job, service),
+        "is_service": service is not None,
+    }
+
+
+def _setup(job: Job) -> str:
+    for n, line in enumerate(job.setup):
+        quoting.sh(line, f"setup[{n}]")  # only for what no file can carry
+    return "# The profile's setup commands.\n" + "".join(f"{line}\n" for line in job.setup)
+
+
+def _import_values(job: Job, image: images.Image) -> dict[str, Any]:
+    options = job.options
+    home = posixpath.dirname(job.run_dir.rstrip("/"))
+    image_dir = quoting.path(options.get("image_dir") or posixpath.join(home, "images"), "image_dir")
+    directives = [f"--job-name={sbatch('nemotron-image-' + image.squash_name, 'image')}", "--dependency=singleton"]
+    for option, keys in {
+        "account": ("account",),
+        "partition": ("build_partition", "partition"),
+        "qos": ("qos",),
+        "reservation": ("reservation",),
+    }.items():
+        if value := next((options[key] for key in keys if options.get(key)), None):
+            directives.append(f"--{option}={sbatch(value, keys[0])}")
+    directives += ["--nodes=1", "--ntasks=1"]
+    gpus, directive = int(options.get("build_gpus_per_node") or 0), options.get("gpu_directive", "gpus-per-node")
+    if gpus and directive != "none":
+        directives.append(f"--{directive}={f'gpu:{gpus}' if directive == 'gres' else gpus}")
+    directives += [
+        f"--time={sbatch(options.get('build_time') or '01:00:00', 'build_time')}",
+        f"--output={sbatch(posixpath.join(quoting.slurm_path(job.run_dir, 'remote_job_dir'), 'import-%j.out'))}",
+    ]
+    registry = image.uri.partition("://")[2].partition("#")[0] if "#" in image.uri else "docker.io"
+    return {
+        "uri": sh(image.uri, "image"),
+        "uri_json": sh(quoting.json(image.uri, "image")),
+        "image_dir": sh(image_dir),
+        "squash": sh(posixpath.join(image_dir, image.squash_name)),
+        "registry": registry.rpartition("@")[2],
+        "directives": directives,
+    }
+
+
+def _with_crlf(job: Job) -> str | None:
+    for n, argument in enumerate(job.command):
+        if "\r\n" in argument:
+            return f"command[{n}]"
+    for service in job.services:
+        if any("\r\n" in argument for argument in service.command):
+            return f"services.{service.name}.command"
+    return job.template or None
