@@ -132,6 +132,9 @@ def finish(merged: Node, path: Path) -> tuple[Node, list[str]]:
     include = items.pop("build_include_gpus", None)
     if include is not None and include.value is False:
         items["build_gpus_per_node"] = Node(0, include.source)
+    image = items.get("image")
+    if image is not None and "nvidia/nemo-rl" in str(image.value):  # its python3 has no megatron-core
+        items.setdefault("python", Node("python-MegatronPolicyWorker", image.source))
     lustre = items.pop("lustre_mount", None)
     if executor == "slurm":
         items["mounts"] = _with_lustre(items.get("mounts"), lustre, merged.source)

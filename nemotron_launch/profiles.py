@@ -296,7 +296,7 @@ def _normalise(data: dict[str, Any], root: Node, layers: Sequence[Layer], execut
             problems.append(Problem(("remote_job_dir",), text, "every node must find the same folder there"))
     if executor == "slurm":
         tunnel = data["tunnel"]
-        if tunnel["type"] == "local":
+        if tunnel == "local" or tunnel["type"] == "local":
             data["tunnel"] = {"type": "local"}
         elif not tunnel.get("host"):
             problems.append(Problem(("tunnel",), "tunnel.host is missing", "a tunnel over SSH needs the host's name"))
@@ -326,7 +326,7 @@ def _mount(mount: Any, index: int, executor: str) -> dict[str, Any] | Problem:
         source, target, volume = parts[0], parts[1], ""
     else:
         source, target = mount["path"], mount["mount_path"]
-        read_only, volume = mount["read_only"], mount.get("from", "")
+        read_only, volume = mount.get("read_only", False), mount.get("from", "")
     for what in (source, target):
         if not what.startswith("/"):
             return Problem(path, f"a mount's folders are absolute paths, got {what!r}")
