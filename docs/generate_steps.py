@@ -22,6 +22,8 @@ def page() -> str:
 
 def _step(step: Step) -> str:
     lines = [f"## {step.id}\n", step.description.strip() + "\n"]
+    if step.note:
+        lines.append(f"**{step.note}**\n")
     lines.append(f"Configs: {', '.join(f'`{name}`' for name in step.configs())}. Image: `{step.image}`.\n")
     lines.append("| | type | config key | |\n|---|---|---|---|")
     for word, ports in (("consumes", step.consumes), ("produces", step.produces)):

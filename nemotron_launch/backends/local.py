@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from nemotron_launch.catalog import Step
+from nemotron_launch.catalog import Step, require_trains
 from nemotron_launch.errors import UserError
 from nemotron_launch.inputs import check_inputs, stages
 from nemotron_launch.job import Job
@@ -39,6 +39,7 @@ def run_stages(
     run_id: str | None = None,
 ) -> int:
     """Run a step here, first the steps that make what it lacks; the exit code of the last one that ran."""
+    require_trains(step)
     composed = compose_for(step, config, overrides, profile)
     planned = stages(step, composed, profile, passthrough, run_id=run_id)
     for stage in planned:

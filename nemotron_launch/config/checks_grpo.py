@@ -145,15 +145,15 @@ def _batches(data: dict[str, Any]) -> Iterator[Problem]:
     prompts, group = data["grpo"]["num_prompts_per_step"], data["grpo"]["num_generations_per_prompt"]
     rollouts, size = prompts * group, data["policy"]["train_global_batch_size"]
     key, made = "policy.train_global_batch_size", f"{rollouts} rollouts ({prompts} prompts x {group})"
-    equal = f"'{key}=${{mul:${{grpo.num_prompts_per_step}},${{grpo.num_generations_per_prompt}}}}'"
+    remove = "remove it (unset, it is all rollouts of a step)"
     if data["loss_fn"]["force_on_policy_ratio"] and rollouts != size:
         yield Problem(
             key,
             f"{size}, but a step makes {made}, and loss_fn.force_on_policy_ratio trains on all of them at once",
-            f"set {equal}, or loss_fn.force_on_policy_ratio=false",
+            f"{remove}, set it to {rollouts}, or set loss_fn.force_on_policy_ratio=false",
         )
     elif rollouts % size:
-        yield Problem(key, f"{size} does not divide a step's {made}", f"set it to a divisor of {rollouts}, or {equal}")
+        yield Problem(key, f"{size} does not divide a step's {made}", f"set it to a divisor of {rollouts}, or {remove}")
     elif rollouts != size:
         yield from check_batch(data, "policy", "train", "rollouts")
     elif ranks := data_parallel_size(data):

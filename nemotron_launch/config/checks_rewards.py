@@ -191,6 +191,14 @@ def _rewarding_models(data: dict[str, Any]) -> Iterator[Problem]:
             "the judge answers from a server, and none is named",
             "name one of run.services, or give the address of an OpenAI-compatible server",
         )
+    held_out = section(data, "validation") or {}
+    alone = data["grpo"]["val_num_generations_per_prompt"] == 1
+    if held_out.get("env_name") == "judge" and env["judge"]["mode"] == "pairwise" and alone:
+        yield Problem(
+            "grpo.val_num_generations_per_prompt",
+            "1 answer to each held-out prompt has none that the judge could compare it with (env.judge.mode=pairwise)",
+            "set it to 2 or more, or env.judge.mode=pointwise",
+        )
     for name, key, model in (
         ("judge", "env.judge.model", env["judge"]["model"]),
         ("reward_model", "env.reward_model.model_name", env["reward_model"]["model_name"]),

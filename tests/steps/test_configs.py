@@ -11,6 +11,7 @@ import pytest
 import yaml
 from jsonschema import Draft202012Validator
 
+from nemotron_launch.catalog import load_steps
 from nemotron_launch.config.checks import check, data_parallel_size, processes
 from nemotron_launch.config.compose import compose
 from nemotron_launch.resources import steps_dir
@@ -19,11 +20,12 @@ STEPS = steps_dir()
 Standard = Callable[[Path], Draft202012Validator]
 CONFIGS = sorted(STEPS.glob("**/config/*.yaml"))
 DPO, SFT = "rl/nemo_rl/dpo", "sft/megatron"
+RLVR, RLHF = "rl/nemo_rl/rlvr", "rl/nemo_rl/rlhf"
 
 
 @pytest.fixture(autouse=True)
 def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for variable in ("RL_OUTPUT_DIR", "RL_POLICY_MODEL", "RL_SFT_CHECKPOINT"):
+    for variable in ("RL_OUTPUT_DIR", "RL_POLICY_MODEL", "RL_SFT_CHECKPOINT", "RL_REWARD_MODEL"):
         monkeypatch.delenv(variable, raising=False)
 
 
@@ -46,9 +48,16 @@ def at(data: dict[str, Any], key: str) -> Any:
     return data
 
 
-def test_each_step_ships_default_and_tiny() -> None:
-    folders = {path.parent for path in STEPS.glob("**/step.yaml")}
-    assert all((folder / f"config/{config}.yaml").is_file() for folder in folders for config in ("default", "tiny"))
+def loop_of(data: dict[str, Any]) -> dict[str, Any]:
+    """The section with the steps and the validations."""
+    section: dict[str, Any] = data.get("dpo") or data.get("sft") or data["grpo"]
+    return section
+
+
+def test_each_step_ships_default_and_what_trains_here_tiny() -> None:
+    steps = load_steps(STEPS)
+    assert all("default" in step.configs() for step in steps)
+    assert all(("tiny" in step.configs()) == step.trains for step in steps)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=name)
@@ -73,15 +82,17 @@ def test_arithmetic_of_a_config_holds(path: Path) -> None:
     assert check(step_id(path), data) == []
     ranks = data_parallel_size(data)
     assert ranks
-    loop = data.get("dpo") or data["sft"]
     assert data["policy"]["train_global_batch_size"] % (data["policy"]["train_micro_batch_size"] * ranks) == 0
+    if "grpo" in data:
+        return
+    loop = loop_of(data)
     assert loop["val_global_batch_size"] % (loop["val_micro_batch_size"] * ranks) == 0
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=name)
 def test_every_checkpoint_has_the_metric_that_ranks_it(path: Path) -> None:
     data = compose(path, schema=path.parent.parent / "schema.json").data
-    loop = data.get("dpo") or data["sft"]
+    loop = loop_of(data)
     assert data["checkpointing"]["save_period"] % loop["val_period"] == 0
     assert loop["val_at_end"]  # the last step is saved whatever its number
 
@@ -100,7 +111,7 @@ def test_configs_of_a_step_write_to_different_folders(step: str) -> None:
     assert composed(step, "default")["output_dir"] != composed(step, "tiny")["output_dir"]
 
 
-@pytest.mark.parametrize("step", [DPO, SFT])
+@pytest.mark.parametrize("step", [DPO, SFT, RLVR, RLHF])
 def test_environment_names_model_and_warm_start(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RL_POLICY_MODEL", "org/model")
     monkeypatch.setenv("RL_SFT_CHECKPOINT", "/warm/start")

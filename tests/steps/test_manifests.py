@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import yaml
 from jsonschema import Draft202012Validator
 
 from nemotron_launch.config.compose import compose
-from nemotron_launch.config.schema import known_paths, load_schema
+from nemotron_launch.config.schema import known_paths, knows, load_schema
 from nemotron_launch.resources import steps_dir
 
 STEPS = steps_dir()
@@ -86,11 +88,11 @@ def test_parameter_has_the_default_and_the_choices_that_it_really_has(folder: Pa
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=name)
 def test_text_names_only_keys_that_exist(folder: Path) -> None:
-    sections = "dpo|sft|policy|data|checkpointing|logger|cluster|run"
-    known = parts(folder)
+    sections = "dpo|sft|grpo|loss_fn|env|policy|data|checkpointing|logger|cluster|run"
+    schema = load_schema(folder / "schema.json")
     for text in ((folder / "step.yaml").read_text(), (folder / "SKILL.md").read_text()):
         for key in re.findall(rf"(?<![\w./-])((?:{sections})(?:\.[a-z_0-9]+)+)(?![\w*/]|\.\w)", text):
-            assert key in known, key
+            assert knows(schema, tuple(key.split("."))) != "unknown", key
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=name)
@@ -120,6 +122,18 @@ def test_commands_of_the_skill_compose(folder: Path) -> None:
         config = words[words.index("-c") + 1] if "-c" in words else "default"
         overrides = [word for word in words if "=" in word]
         compose(folder / f"config/{config}.yaml", overrides, schema=folder / "schema.json", env={})
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=name)
+def test_step_that_does_not_train_yet_says_so_where_it_is_read_and_run(folder: Path) -> None:
+    step = manifest(folder)
+    if step.get("trains", True):
+        return
+    assert step["note"].rstrip(".") in (folder / "SKILL.md").read_text()
+    command = [sys.executable, str(folder / "train.py"), "--config", "config.yaml"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert ran.stderr.startswith(f"error: {step['id']}: this version compiles, checks and renders the step")
 
 
 def test_artifact_types_end_in_one_that_is_no_subtype() -> None:
