@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -21,8 +22,11 @@ from nemotron_launch.resources import display, steps_dir
 IGNORE_FILE = ".nemotronignore"
 LARGEST_CODE = 32 << 20  # bytes of all run.code folders together, unpacked
 _KEPT = 24  # archives that stay in the cache
-_FORMAT = 1  # a new number forgets what older versions have cached
+_FORMAT = 2  # a new number forgets what older versions have cached
+PLACEHOLDER = Bundle("code.tar.gz", "0" * 64, 0)  # in renderings that are kept to be compared
+_unstored: dict[str, bytes] = {}  # archives that the cache could not take
 _PACKAGE = Path(__file__).resolve().parent
+_made: dict[str, bytes] = {}  # by this process; the cache may be one that cannot be written
 _SKIPPED_FOLDERS = frozenset(("__pycache__", "_bundled", "node_modules", "venv", "wandb", "mlruns"))
 _SKIPPED_ENDS = (".pyc", ".pyo", ".egg-info", "~", ".swp", ".tmp")
 
@@ -49,26 +53,25 @@ def bundle(step: Step, code: Sequence[str] = ()) -> Bundle:
     entries = collect(step, code)
     checkout = _checkout(step)
     known = _cache() / f"{_signature(entries, checkout)}.json"
-    try:
-        return Bundle(**json.loads(known.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        made, _ = _build(entries, checkout, known)
-        return made
-
-
-def archive(step: Step, code: Sequence[str] = ()) -> tuple[Bundle, bytes]:
-    """The bundle and its bytes, a .tar.gz."""
-    entries = collect(step, code)
-    checkout = _checkout(step)
-    known = _cache() / f"{_signature(entries, checkout)}.json"
-    try:
+    with suppress(OSError, ValueError, TypeError):
         found = Bundle(**json.loads(known.read_text(encoding="utf-8")))
-        packed = known.with_name(found.file).read_bytes()
-        if len(packed) == found.size:
-            return found, packed
-    except (OSError, ValueError, TypeError):
-        pass
-    return _build(entries, checkout, known)
+        if known.with_name(found.file).stat().st_size == found.size:
+            return found
+    return _build(entries, checkout, known)[0]
+
+
+def read(made: Bundle) -> bytes:
+    """The bytes of a bundle that was described on this machine. UserError where they are gone."""
+    if made == PLACEHOLDER:
+        return b""
+    if made.file in _unstored:
+        return _unstored[made.file]
+    path = _cache() / made.file
+    with suppress(OSError):
+        packed = path.read_bytes()
+        if sha256(packed).hexdigest() == made.sha256:
+            return packed
+    raise UserError("the bundle is gone or was changed", where=display(path), hint="compile again", exit_code=1)
 
 
 def collect(step: Step, code: Sequence[str] = ()) -> list[Entry]:
@@ -163,21 +166,21 @@ def _build(entries: Sequence[Entry], checkout: Path | None, known: Path) -> tupl
     import io
 
     content = _tar(entries)
-    # Of the content, not of the packed bytes: those depend on the machine's zlib.
-    digest = sha256(content).hexdigest()
+    # The name is the content's: the packed bytes depend on the machine's zlib.
+    name = f"code-{sha256(content).hexdigest()[:12]}.tar.gz"
     packed = io.BytesIO()
     with gzip.GzipFile(filename="", mode="wb", compresslevel=9, fileobj=packed, mtime=0) as stream:
         stream.write(content)
     data = packed.getvalue()
     revision, dirty = _revision(checkout, entries)
-    made = Bundle(f"code-{digest[:12]}.tar.gz", digest, len(data), revision, dirty)
+    made = Bundle(name, sha256(data).hexdigest(), len(data), revision, dirty)
     try:
         known.parent.mkdir(parents=True, exist_ok=True)
         _write(known.with_name(made.file), data)
         _write(known, json.dumps(asdict(made)).encode())
         _prune(known.parent)
-    except OSError:
-        pass  # only slower
+    except OSError:  # only slower then
+        _unstored[made.file] = data
     return made, data
 
 

@@ -95,7 +95,10 @@ class Restart:
 
 @dataclass(frozen=True)
 class Bundle:
-    """The code that travels: file name in the run's folder, content hash, size in bytes, and where it came from."""
+    """The code that travels, and where it came from.
+
+    file: its name in the run's folder, made of the content's hash. sha256 and size (bytes): of that file.
+    """
 
     file: str
     sha256: str

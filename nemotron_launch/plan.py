@@ -8,6 +8,7 @@ import posixpath
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from hashlib import sha256
@@ -19,7 +20,7 @@ from nemotron_launch.catalog import Port, Step
 from nemotron_launch.config import checks
 from nemotron_launch.config.compose import Composed, compose_many, report
 from nemotron_launch.config.schema import knows, load_schema
-from nemotron_launch.config.tree import DEFAULT, Node, Source, from_plain
+from nemotron_launch.config.tree import DEFAULT, Node, Source, drop, from_plain
 from nemotron_launch.config.validation import Problem
 from nemotron_launch.config.yaml_files import dump
 from nemotron_launch.errors import UserError
@@ -170,24 +171,33 @@ def _composed(
     profile: Profile | None,
     env: Mapping[str, str] | None,
 ) -> Iterator[Composed]:
-    layers = [_share(step, profile), profile.layer] if profile else []
+    layers = _layers(step, profile) if profile else []
     guarded = _environment(profile, os.environ if env is None else env)
     return compose_many(config, points, schema=step.schema, step_dir=step.folder, layers=layers, env=guarded)
 
 
-def _share(step: Step, profile: Profile) -> Node:
-    """What the profile says and the config's `run` section can say too, with its lines. Defaults say nothing."""
+def _layers(step: Step, profile: Profile) -> list[Node]:
+    """What a profile says about the config: what the `run` section can say too, with its lines, and its own layer.
+
+    Defaults say nothing. A step without a `cluster` section has its nodes and GPUs in `run`.
+    """
     described = load_schema(step.schema) if step.schema else None
+    layer = profile.layer
     run: dict[str, Node] = {}
     for key in (*_SHARED, *_CLUSTER):
         written = profile.root.value.get(key)
         value = profile.data.get(key)
         if written is None or written.source == DEFAULT or value is None:
             continue
-        if key in _CLUSTER and described and knows(described, ("cluster", _CLUSTER[key])) != "unknown":
-            continue  # in profile.layer
+        if key in _CLUSTER:
+            path = ("cluster", _CLUSTER[key])
+            if described is None or knows(described, path) != "unknown":
+                continue
+            layer = drop(layer, path if len(layer.value["cluster"].value) > 1 else path[:1])
         run[key] = from_plain([_as_written(mount) for mount in value] if key == "mounts" else value, written.source)
-    return Node({"run": Node(run, Source(f"profile {profile.name}"))} if run else {}, profile.layer.source)
+    if not run:
+        return [layer]
+    return [Node({"run": Node(run, Source(f"profile {profile.name}"))}, layer.source), layer]
 
 
 def _as_written(mount: Mapping[str, Any]) -> dict[str, Any]:
@@ -201,7 +211,7 @@ def _environment(profile: Profile | None, env: Mapping[str, str]) -> Mapping[str
     if profile is None:
         return GuardedEnvironment(env)
     declared = [name for secret in profile.secrets for name in (secret.name, secret.source) if name]
-    return GuardedEnvironment({**env, **profile.data.get("env", {})}, declared, getattr(profile, "public", ()))
+    return GuardedEnvironment({**env, **profile.data.get("env", {})}, declared, profile.public)
 
 
 # The job -----------------------------------------------------------------------------------------------------------
@@ -278,11 +288,8 @@ def _container(
     python = composed.get("run.python") or (origin.python if executor == "local" else "python3")
     if runtime == "none":
         return Container(python=str(python))
-    mounts = [_mount(entry, composed) for entry in composed.get("run.mounts", [])]
-    home = str(data.get("remote_job_dir") or "")
-    if runtime != "lepton" and home and not any(covers(mount.target, home) for mount in mounts):
-        mounts.append(Mount(home, home))
-    return Container(runtime, str(composed.get("run.image") or step.image), tuple(mounts), str(python))  # type: ignore[arg-type]
+    mounts = tuple(_mount(entry, composed) for entry in composed.get("run.mounts", []))
+    return Container(runtime, str(composed.get("run.image") or step.image), mounts, str(python))  # type: ignore[arg-type]
 
 
 def _mount(entry: Any, composed: Composed) -> Mount:
@@ -292,17 +299,10 @@ def _mount(entry: Any, composed: Composed) -> Mount:
         return Mount(str(entry["path"]), str(entry["mount_path"]), bool(entry.get("read_only")), volume)
     source, _, rest = str(entry).partition(":")
     target, _, mode = rest.partition(":")
-    if not source or mode not in ("", "ro", "rw"):
-        raise composed.problem(
-            "run.mounts", f"the mount {entry!r} cannot be read", "write host:container or host:container:ro"
-        )
-    return Mount(source, target or source, mode == "ro")
-
-
-def covers(folder: str, path: str) -> bool:
-    """Whether a path is this folder or lies in it."""
-    folder, path = posixpath.normpath(folder), posixpath.normpath(path)
-    return path == folder or path.startswith(folder.rstrip("/") + "/")
+    if not source or not target or mode not in ("", "ro", "rw"):
+        hint = "write host:container, or host:container:ro"
+        raise composed.problem("run.mounts", f"the mount {entry!r} cannot be read", hint)
+    return Mount(source, target, mode == "ro")
 
 
 def _env(composed: Composed, code: Sequence[str]) -> dict[str, str]:
@@ -360,12 +360,11 @@ def _below_cwd(path: Path) -> bool:
 
 def _content_id(job: Job) -> str:
     """A run id that the same content always gets."""
-    content = json.dumps(job, default=lambda part: dict(vars(part)), sort_keys=True)
+    # The bundle counts by its name, which is its content's.
+    content = json.dumps(job, default=lambda part: part.file if isinstance(part, Bundle) else vars(part))
     if job.template:
-        try:
+        with suppress(OSError, ValueError):  # said when it is rendered
             content += Path(job.template).read_text(encoding="utf-8")
-        except (OSError, ValueError):
-            pass  # said when it is rendered
     return f"{job.name}-{sha256(content.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"
 
 

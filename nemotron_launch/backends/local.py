@@ -23,6 +23,7 @@ from nemotron_launch.resources import display
 
 if TYPE_CHECKING:
     from nemotron_launch.profiles import Profile
+    from nemotron_launch.render import Rendered
 
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 _PR_SET_PDEATHSIG = 1
@@ -60,6 +61,13 @@ def run_stages(
 
 def _say(line: str) -> None:
     print(f"nemotron: {line}", file=sys.stderr, flush=True)
+
+
+def render_job(job: Job) -> Rendered:
+    """The files of a job on this machine: the script that does what run_job does."""
+    from nemotron_launch.backends import local_script
+
+    return local_script.render_job(job)
 
 
 def run_job(job: Job) -> int:

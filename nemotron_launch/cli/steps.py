@@ -1,11 +1,11 @@
-"""`nemotron steps list|show|run`."""
+"""`nemotron steps list|show|run`; `check` and `diff` are in cli/check.py."""
 
 from __future__ import annotations
 
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 from click.shell_completion import CompletionItem
@@ -15,41 +15,45 @@ from nemotron_launch.cli.main import LazyGroup
 from nemotron_launch.errors import UserError
 
 if TYPE_CHECKING:
-    from nemotron_launch.config.compose import Composed
     from nemotron_launch.job import Job
+    from nemotron_launch.profiles import Profile
 
 steps = LazyGroup(
     "steps",
-    help="List, show and run steps.",
+    help="List, show, run and check steps.",
     no_args_is_help=True,
     lazy={
         "list": ("nemotron_launch.cli.steps:list_steps", "List the steps."),
         "show": ("nemotron_launch.cli.steps:show", "Show all that a step's manifest says."),
-        "run": ("nemotron_launch.cli.steps:run", "Run a step with a config and overrides."),
+        "run": ("nemotron_launch.cli.steps:run", "Run a step with a config, a profile and overrides."),
     },
 )
 
 
-def _complete(what: str) -> Any:
-    """Completion for ids, configs, artifact types, categories and tags. Silent where something is broken."""
+def complete(what: str) -> Any:
+    """Completion for ids, configs, profiles, artifact types, categories and tags. Silent where something is broken."""
 
-    def complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    def candidates(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         try:
             names = _candidates(what, ctx)
         except UserError:
             return []
         return [CompletionItem(name, help=text) for name, text in names.items() if name.startswith(incomplete)]
 
-    return complete
+    return candidates
 
 
 def _candidates(what: str, ctx: click.Context) -> dict[str, str]:
+    if what == "profile":
+        from nemotron_launch.profiles import list_profiles
+
+        return {entry.name: entry.description for entry in list_profiles(profiles_path=ctx.params.get("profiles"))}
     known = load_steps()
     if what == "step":
         return {step.id: step.summary for step in known}
     if what == "config":
         # With an option still unfinished click has not parsed the id yet.
-        words = [word for word in ctx.meta["nemotron.words"] if not word.startswith("-")]
+        words = [word for word in ctx.meta.get("nemotron.words", ()) if not word.startswith("-")]
         return dict.fromkeys(find_step(words[0], known).configs(), "") if words else {}
     if what == "type":
         return {name: artifact.description for name, artifact in load_artifacts().items()}
@@ -59,14 +63,14 @@ def _candidates(what: str, ctx: click.Context) -> dict[str, str]:
 
 
 @click.command("list")
-@click.option("--category", metavar="NAME", shell_complete=_complete("category"), help="Only this category.")
+@click.option("--category", metavar="NAME", shell_complete=complete("category"), help="Only this category.")
 @click.option(
-    "--consumes", metavar="TYPE", shell_complete=_complete("type"), help="Only steps that can take this artifact."
+    "--consumes", metavar="TYPE", shell_complete=complete("type"), help="Only steps that can take this artifact."
 )
 @click.option(
-    "--produces", metavar="TYPE", shell_complete=_complete("type"), help="Only steps whose output can serve as this."
+    "--produces", metavar="TYPE", shell_complete=complete("type"), help="Only steps whose output can serve as this."
 )
-@click.option("--tag", metavar="TAG", shell_complete=_complete("tag"), help="Only steps with this tag.")
+@click.option("--tag", metavar="TAG", shell_complete=complete("tag"), help="Only steps with this tag.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def list_steps(
     category: str | None, consumes: str | None, produces: str | None, tag: str | None, as_json: bool
@@ -86,7 +90,7 @@ def list_steps(
 
 
 @click.command()
-@click.argument("step_id", metavar="ID", shell_complete=_complete("step"))
+@click.argument("step_id", metavar="ID", shell_complete=complete("step"))
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def show(step_id: str, as_json: bool) -> None:
     """Show all that a step's manifest says: inputs, outputs, parameters, strategies, errors and how to recover.
@@ -112,53 +116,130 @@ class _RunCommand(click.Command):
         return super().parse_args(ctx, args[:split])
 
     def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
-        return ["ID", "[-c CONFIG]", "[-d]", "[KEY=VALUE]...", "[-- ARGUMENT...]"]
+        return ["ID", "[-c CONFIG]", "[-r PROFILE | -b PROFILE]", "[-d]", "[KEY=VALUE]...", "[-- ARGUMENT...]"]
+
+
+PROFILES = click.option(
+    "--profiles", type=click.Path(path_type=Path), metavar="PATH", help="Look for profiles here first."
+)
 
 
 @click.command(cls=_RunCommand)
-@click.argument("step_id", metavar="ID", shell_complete=_complete("step"))
+@click.argument("step_id", metavar="ID", shell_complete=complete("step"))
 @click.argument("arguments", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option(
-    "-c", "--config", metavar="NAME|PATH", shell_complete=_complete("config"), help="Config (default: default)."
+    "-c", "--config", metavar="NAME|PATH", shell_complete=complete("config"), help="Config (default: default)."
 )
-@click.option("-d", "--dry-run", is_flag=True, help="Print the composed config and the command, and run nothing.")
+@click.option(
+    "-r", "--run", "attached", metavar="PROFILE", shell_complete=complete("profile"), help="Run there and follow."
+)
+@click.option(
+    "-b", "--batch", "detached", metavar="PROFILE", shell_complete=complete("profile"), help="Submit there and return."
+)
+@click.option("-d", "--dry-run", is_flag=True, help="Print the compiled job and run nothing.")
+@PROFILES
+@click.option("--output", metavar="FORM", help="With -d: json, yaml, script, or dir=PATH for all files.")
+@click.option("--run-id", metavar="ID", help="Name the run yourself.")
+@click.option("--force-squash", is_flag=True, help="Import the container image anew (Slurm).")
 @click.pass_context
-def run(ctx: click.Context, step_id: str, arguments: tuple[str, ...], config: str | None, dry_run: bool) -> None:
-    """Run a step on this machine.
+def run(
+    ctx: click.Context,
+    step_id: str,
+    arguments: tuple[str, ...],
+    config: str | None,
+    attached: str | None,
+    detached: str | None,
+    dry_run: bool,
+    profiles: Path | None,
+    output: str | None,
+    run_id: str | None,
+    force_squash: bool,
+) -> None:
+    """Run a step, on this machine or where a profile says.
 
     ID is a step's id, or its unique end: dpo for rl/nemo_rl/dpo. CONFIG is a name (steps show ID lists them) or the
-    path of a YAML file.
+    path of a YAML file. PROFILE is a name (nemotron profiles list) or the path of one.
 
     \b
     Overrides are Hydra's:
       a.b=1      change a key that exists
       +a.b=1     add a new key          ++a.b=1   either
       ~a.b       delete a key           a='[1,2]' a list, '{x: 1}' a mapping
+    Lowest first: the step's defaults, the config, the profile, the command line.
+
+    \b
+    With -d nothing runs. In a pipe it prints the script or spec that would be submitted, on a terminal a summary too.
 
     The exit code is the step's own: 0 finished, 1 failed, 2 bad input, 85 stopped and saved (the same command resumes).
     """
     overrides = [argument for argument in arguments if _is_override(argument)]
     words = [argument for argument in arguments if not _is_override(argument)]
     passthrough = (*words, *ctx.meta["nemotron.passthrough"])
+    if attached is not None and detached is not None:
+        raise UserError("-r and -b exclude each other", hint="-r runs and follows, -b submits and returns")
+    if output is not None and not dry_run:
+        raise UserError("--output goes with -d: it is the form of a dry run")
+    if output is not None and output not in ("json", "yaml", "script") and output.removeprefix("dir=") in (output, ""):
+        raise UserError(f"--output takes json, yaml, script or dir=PATH, got {output!r}")
     step = find_step(step_id)
+    path = find_config(step, config)
+    profile = _load_profile(attached or detached, profiles, force_squash)
     if dry_run:
-        _print_dry_run(step, find_config(step, config), overrides, passthrough)
+        _dry_run(step, path, overrides, profile, passthrough, detached is None, run_id, output)
+    elif profile is not None and profile.executor != "local":
+        _refuse_to_submit(profile)
+    elif profile is not None and detached is not None:
+        raise UserError(f"profile {profile.name} runs on this machine, in the foreground", hint="use -r, not -b")
+    else:
+        from nemotron_launch.backends.local import run_stages
+
+        ctx.exit(run_stages(step, path, overrides, passthrough, profile, run_id=run_id))
+
+
+def _load_profile(name: str | None, profiles: Path | None, force_squash: bool) -> Profile | None:
+    if name is None:
+        if force_squash:
+            raise UserError("--force-squash goes with a Slurm profile, which imports images")
+        return None
+    from nemotron_launch.profiles import load_profile
+
+    profile = load_profile(name, profiles_path=profiles)
+    if force_squash and (profile.executor != "slurm" or profile.data.get("runtime") != "pyxis"):
+        raise profile.problem("executor", "--force-squash has nothing to import here", "it goes with Slurm and pyxis")
+    return profile
+
+
+def _dry_run(
+    step: Step,
+    config: Path,
+    overrides: list[str],
+    profile: Profile | None,
+    passthrough: tuple[str, ...],
+    attached: bool,
+    run_id: str | None,
+    output: str | None,
+) -> None:
+    if profile is None and output is None:
+        from nemotron_launch.plan import compose_for, plan_job
+
+        composed = compose_for(step, config, overrides)
+        _print_composed(plan_job(step, composed, None, passthrough, run_id=run_id), composed.data)
         return
-    from nemotron_launch.backends.local import run_stages
+    from nemotron_launch.cli.job_view import show as show_job
+    from nemotron_launch.compiler import compile_job
 
-    ctx.exit(run_stages(step, find_config(step, config), overrides, passthrough))
-
-
-def _is_override(argument: str) -> bool:
-    return "=" in argument or argument.startswith(("~", "+"))
+    job = compile_job(step, config, overrides, profile, passthrough, run_id=run_id, attached=attached)
+    show_job(job, output)
 
 
-def _print_dry_run(step: Step, config: Path, overrides: list[str], passthrough: tuple[str, ...]) -> None:
-    from nemotron_launch.plan import compose_for, plan_job
+def _print_composed(job: Job, data: dict[str, Any]) -> None:
+    """A dry run on this machine, in a pipe: the composed config as YAML, with what would run as comments above it."""
+    import shlex
 
-    composed = compose_for(step, config, overrides)
-    job = plan_job(step, composed, None, passthrough)
-    text = _dry_run_text(job, composed)
+    from nemotron_launch.config.yaml_files import dump
+
+    head = [f"{job.step} -c {job.config}, on this machine", shlex.join(job.command)]
+    text = "".join(f"# {line}\n" for part in head for line in part.splitlines()) + dump(data)
     if sys.stdout.isatty():
         from nemotron_launch.cli.tables import print_yaml
 
@@ -167,14 +248,17 @@ def _print_dry_run(step: Step, config: Path, overrides: list[str], passthrough: 
         click.echo(text, nl=False)
 
 
-def _dry_run_text(job: Job, composed: Composed) -> str:
-    """YAML: the composed config, and above it, as comments, what would run and where."""
-    import shlex
+def _refuse_to_submit(profile: Profile) -> NoReturn:
+    where = "Slurm" if profile.executor == "slurm" else "Lepton"
+    submit = "then sbatch by hand" if profile.executor == "slurm" else "then create the job by hand"
+    raise UserError(
+        f"this version compiles and renders for {where} and does not submit",
+        hint=f"-d shows the job; -d --output dir=PATH writes all its files, {submit}",
+    )
 
-    from nemotron_launch.config.yaml_files import dump
 
-    head = [f"{job.step} -c {job.config}, on this machine", shlex.join(job.command)]
-    return "".join(f"# {line}\n" for line in head) + dump(composed.data)
+def _is_override(argument: str) -> bool:
+    return "=" in argument or argument.startswith(("~", "+"))
 
 
 def _print_json(data: Any) -> None:
