@@ -147,7 +147,8 @@ def _directives(job: Job) -> tuple[str, ...]:
         found.append("--exclusive")
     give("time", options.get("time"))
     give("signal", _signal(options.get("signal", "USR1@300")), "signal")
-    found.append("--requeue" if options.get("requeue", True) else "--no-requeue")
+    # Slurm's own requeue, after a node's failure or a preemption, is a restart like ours.
+    found.append("--requeue" if job.restart.max_restarts else "--no-requeue")
     give("network", options.get("network"))
     give("segment", options.get("segment"))
     mail = options.get("mail") or {}
@@ -315,6 +316,7 @@ def _node_values(job: Job, service: Service | None) -> dict[str, Any]:
         "resume_code": job.restart.resume_code,
         "gpus": _gpu_slice(job, service),
         "is_service": service is not None,
+        "charliecloud": job.container.runtime == "charliecloud",
     }
 
 

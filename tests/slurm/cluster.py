@@ -52,7 +52,8 @@ class Cluster:
     def show(self, job: str) -> dict[str, str]:
         """What `scontrol show job` knows: {"JobState": "RUNNING", "Restarts": "0", …}."""
         text = self.run("scontrol", "show", "job", job, "--oneliner")
-        return dict(re.findall(r"(?:^| )([A-Za-z/:]+)=(.*?)(?= [A-Za-z/:]+=|$)", text.strip()))
+        pairs = re.findall(r"(?:^| )([A-Za-z/:]+)=(.*?)(?= [A-Za-z/:]+=|$)", text.strip())
+        return {key: value.strip() for key, value in pairs}
 
     def state(self, job: str) -> str:
         return self.show(job)["JobState"]
