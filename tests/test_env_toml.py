@@ -229,7 +229,7 @@ def test_reserved_tables_are_no_profiles(work: Path) -> None:
     assert "cli is a reserved table of env.toml, not a profile" in message("cli")
 
 
-# What is wrong with it -------------------------------------------------------------------------------------------------
+# What is wrong with it -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
