@@ -18,7 +18,7 @@ import jinja2
 
 from nemotron_launch.errors import UserError
 from nemotron_launch.job import File, Job
-from nemotron_launch.quoting import FILTERS
+from nemotron_launch.quoting import FILTERS, sh
 from nemotron_launch.resources import display, templates_dir
 
 
@@ -51,6 +51,13 @@ def fill_own(template: Path, values: Mapping[str, Any]) -> str:
     if not template.is_file():
         raise UserError("no such template", where=display(template))
     return _run(_sandbox(template.parent.absolute()), template.name, values)
+
+
+def setup_file(job: Job) -> File:
+    """The profile's setup commands as a file that a shell sources, so that no quote left open reaches further."""
+    for n, line in enumerate(job.setup):
+        sh(line, f"setup[{n}]")  # only for what no file can carry
+    return File("setup.sh", "# The profile's setup commands.\n" + "".join(f"{line}\n" for line in job.setup))
 
 
 @cache
