@@ -191,7 +191,7 @@ def _generation(data: dict[str, Any]) -> Iterator[Problem]:
 
 
 def _services(data: dict[str, Any]) -> Iterator[Problem]:
-    """Servers that are named must be among `run.services`, and share the first node's GPUs with the trainer.
+    """Servers that are named must be among `run.services`.
 
     The trainer is given the config without `run`: there is nothing to compare then.
     """
@@ -208,15 +208,3 @@ def _services(data: dict[str, Any]) -> Iterator[Problem]:
         if server is not None and "://" not in server and server not in services:
             known = f"run.services has {', '.join(services)}" if services else "run.services is empty"
             yield Problem(key, f"there is no service {server}", f"{known}; an address begins with http://")
-    gpus = data["cluster"]["gpus_per_node"]
-    shared = {name: one["gpus"] for name, one in services.items() if one.get("gpus") and not one.get("nodes")}
-    own = data["cluster"].get("procs_per_node") or gpus
-    if shared and gpus and own + sum(shared.values()) > gpus:
-        taken = ", ".join(f"{name} {count}" for name, count in shared.items())
-        left = gpus - sum(shared.values())
-        yield Problem(
-            "cluster.procs_per_node",
-            f"{own} processes and the services on the same node ({taken}) need more than its {gpus} GPUs",
-            (f"set cluster.procs_per_node={left} or less, or " if left > 0 else "")
-            + "give a service nodes of its own (run.services.<name>.nodes)",
-        )

@@ -197,10 +197,6 @@ WRONG: dict[str, tuple[str, str, str, dict[str, Any], dict[str, Any]]] = {
     "a service that does not exist": (
         "env.judge.server", "no service genrm", "run.services has judge", RLHF, {"env.judge.server": "genrm"},
     ),
-    "more GPUs than the node has": (  # 8 processes + the judge's 4 on 8 GPUs
-        "cluster.procs_per_node", "8 processes and the services on the same node (judge 4) need more than its 8",
-        "procs_per_node=4", RLHF, {"cluster.procs_per_node": None},
-    ),
 }  # fmt: skip
 
 
@@ -235,10 +231,7 @@ RIGHT: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {f"{GENERATION}.backend": "vllm", f"{GENERATION}.server": "policy", "run.services": {"policy": SERVICE}},
     ),
     "a judge that runs already": (
-        RLHF, {"env.judge.server": "https://judge:8000/v1", "run.services": {}, "cluster.procs_per_node": None},
-    ),
-    "a judge on a node of its own": (
-        RLHF, {"run.services.judge.nodes": 1, "run.services.judge.gpus": 8, "cluster.procs_per_node": None},
+        RLHF, {"env.judge.server": "https://judge:8000/v1", "run.services": {}},
     ),
     "a reward model needs no server": (
         RLHF, {"data.default.env_name": "reward_model", "run.services": {}, "env.judge.server": None},

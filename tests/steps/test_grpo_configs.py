@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -57,11 +58,13 @@ def test_configs_write_to_different_folders() -> None:
     assert len({composed(step, config)["output_dir"] for step, config in CONFIGS}) == len(CONFIGS)
 
 
-def test_trainer_and_judge_share_the_nodes_gpus() -> None:
+def test_judge_has_nodes_of_its_own_as_large_as_those_that_train() -> None:
     data = composed("rlhf", "default")
     judge = data["run"]["services"]["judge"]
-    assert processes(data) + judge["gpus"] == data["cluster"]["gpus_per_node"] * data["cluster"]["num_nodes"]
-    assert f"--tensor-parallel-size={judge['gpus']}" in judge["command"]
+    assert processes(data) == data["cluster"]["num_nodes"] * data["cluster"]["gpus_per_node"]
+    assert (judge["nodes"], judge["gpus"]) == (1, data["cluster"]["gpus_per_node"])
+    sizes = [int(word.partition("=")[2]) for word in judge["command"] if "-parallel-size=" in word]
+    assert math.prod(sizes) == judge["nodes"] * judge["gpus"]
     assert f"--port={judge['port']}" in judge["command"]
     assert data["env"]["judge"]["server"] == "judge"
 
