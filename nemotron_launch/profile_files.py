@@ -78,11 +78,16 @@ def read(name: str, place: Place) -> Layer | None:
         return None if body is None else _layer(name, place, place.path, body)
     if place.kind == "file":
         return _layer(name, place, place.path, _load(place.path)) if name == place.path.stem else None
-    for suffix in SUFFIXES:
-        path = place.path / f"{name}{suffix}"
-        if path.is_file():
-            return _layer(name, place, path, _load(path))
-    return None
+    path = file_of(name, place)
+    return _layer(name, place, path, _load(path)) if path.is_file() else None
+
+
+def file_of(name: str, place: Place) -> Path:
+    """The file of a place that holds a profile of that name, if any does."""
+    if place.kind != "folder":
+        return place.path
+    paths = [place.path / f"{name}{suffix}" for suffix in SUFFIXES]
+    return next((path for path in paths if path.is_file()), paths[0])
 
 
 def find(name: str, looked_into: Sequence[Place], asked: Node | None = None, start: int = 0) -> Layer:

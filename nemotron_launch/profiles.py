@@ -126,11 +126,10 @@ def seconds(time: str | int) -> int:
 
 
 def _entry(name: str, place: profile_files.Place, places: Sequence[profile_files.Place]) -> ProfileEntry:
-    file = place.path
+    file = profile_files.file_of(name, place)
     try:
         layer = profile_files.read(name, place)
         assert layer is not None
-        file = layer.file
         merged = _merged(profile_files.layers(layer, places))
         said = {key: merged.value[key].value for key in ("executor", "description") if key in merged.value}
         own = layer.body.value.get("description")

@@ -12,7 +12,7 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemotron_launch.config.tree import find, to_plain
@@ -226,6 +226,7 @@ def plain_merge(base: Any, top: Any) -> Any:
     return {**base, **{key: plain_merge(base[key], item) if key in base else item for key, item in top.items()}}
 
 
+@settings(deadline=None)
 @given(first=bodies, second=bodies, own=bodies)
 def test_extends_merges_any_bodies_left_to_right(
     tmp_path_factory: pytest.TempPathFactory, first: Any, second: Any, own: Any
@@ -242,6 +243,7 @@ hostile = st.text(st.characters(blacklist_categories=["Cs"], blacklist_character
 )
 
 
+@settings(deadline=None)
 @given(text=hostile)
 def test_any_text_arrives_as_it_was_written(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
     folder = tmp_path_factory.mktemp("profiles")
@@ -253,6 +255,7 @@ def test_any_text_arrives_as_it_was_written(tmp_path_factory: pytest.TempPathFac
     assert (data["setup"], data["env"]) == ([text], {"A": text})
 
 
+@settings(deadline=None)
 @given(text=st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\x00"), min_size=1))
 def test_any_text_of_the_environment_arrives_as_it_is(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
     folder = tmp_path_factory.mktemp("profiles")

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from nemotron_launch.catalog import Port, Step
+from nemotron_launch.resources import display
+
+if TYPE_CHECKING:
+    from nemotron_launch.profiles import ProfileEntry
 
 
 def print_steps(steps: Sequence[Step]) -> None:
@@ -44,6 +48,11 @@ def print_step(step: Step) -> None:
         "errors", (line for e in step.errors for line in (e.name, f"    {e.meaning}", f"    recovery: {e.recovery}"))
     )
     _print_section("reference", (f"{title}: {address}" for title, address in step.reference.items()))
+
+
+def print_profiles(entries: Sequence[ProfileEntry]) -> None:
+    rows = [(one.name, one.executor or "?", display(one.file), one.problem or one.description) for one in entries]
+    _print_table(("NAME", "EXECUTOR", "FILE", "DESCRIPTION"), rows)
 
 
 def print_yaml(text: str) -> None:
