@@ -37,7 +37,7 @@ def check(job: Job, step: Step, composed: Composed, profile: Profile | None) -> 
     """Raise the first thing that cannot work."""
     _check_environment(job, composed, profile)
     _check_processes(job, composed)
-    _check_services(job, composed, profile)
+    _check_services(job, composed)
     if profile is None or job.executor == "local":
         return
     _check_job_dir(job, profile)
@@ -55,7 +55,7 @@ def warnings(job: Job, composed: Composed, profile: Profile | None) -> list[str]
     if profile is not None and job.container.runtime == "none" and profile.data.get("image"):
         found.append(f"image {profile.data['image']} is not used: the profile's runtime is none")
     if job.executor == "lepton":
-        there, used = _shape_gpus(job), job.gpus_per_node + _shared_gpus(job)
+        there, used = _shape_gpus(job), job.gpus_per_node
         if there is not None and 0 < used < there:
             found.append(f"{used} of the {there} GPUs of {job.options['resource_shape']} are used on each node")
     return found
@@ -118,7 +118,7 @@ def _check_processes(job: Job, composed: Composed) -> None:
         )
 
 
-def _check_services(job: Job, composed: Composed, profile: Profile | None) -> None:
+def _check_services(job: Job, composed: Composed) -> None:
     taken: dict[int, str] = {}
     for service in job.services:
         key = f"run.services.{service.name}"
@@ -134,15 +134,15 @@ def _check_services(job: Job, composed: Composed, profile: Profile | None) -> No
         if service.nodes == 0:
             taken[service.port] = service.name
     shared = _shared_gpus(job)
-    there = int((profile.data.get("gpus_per_node") or 0) if profile else 0)
-    if shared and there and job.gpus_per_node + shared > there:
-        left = there - shared
-        names = " and ".join(service.name for service in job.services if service.gpus and not service.nodes)
-        own = f"give {names} nodes of its own (run.services.{names.split()[0]}.nodes=1)"
+    if shared and job.procs + shared > job.gpus_per_node:
+        left = job.gpus_per_node - shared
+        names = [service.name for service in job.services if service.gpus and not service.nodes]
+        own = f"give {' and '.join(names)} nodes of its own (run.services.{names[0]}.nodes=1)"
         raise composed.problem(
             "cluster.gpus_per_node",
-            f"{job.gpus_per_node} GPUs to train and {shared} for {names} are more than the node's {there}",
-            f"set cluster.gpus_per_node={left}, or {own}" if left > 0 else own,
+            f"{job.procs} processes and the {shared} GPUs of {' and '.join(names)} do not fit into a node of "
+            f"{job.gpus_per_node} GPUs",
+            f"set cluster.procs_per_node={left}, or {own}" if left > 0 else own,
         )
 
 
@@ -180,7 +180,7 @@ def _check_shape(job: Job, profile: Profile) -> None:
         return
     there = _shape_gpus(job)
     own = max((service.gpus for service in job.services if service.nodes), default=0)
-    used = max(job.gpus_per_node + _shared_gpus(job), own)
+    used = max(job.gpus_per_node, own)
     if there is not None and used > there:
         raise profile.problem(
             "resource_shape",

@@ -114,7 +114,8 @@ class Job:
     run_dir: folder of this run's files, on the machine that runs it (`<remote_job_dir>/<run_id>`, or a local one).
     workdir: working directory of the command; relative paths of the config start there, and it outlives the run, so
     that a resubmitted run finds its checkpoints. command: argv on every node, started once a node; it starts the
-    node's `procs` processes. env: set last inside the container. setup: shell lines, run on every node before the
+    node's `procs` processes. gpus_per_node: GPUs of each node that trains; services that share the first have some of
+    them, after the first `procs`. env: set last inside the container. setup: shell lines, run on every node before the
     command. options: the profile's executor keys (account, partition, node_group, …), checked by its schema.
     """
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from nemotron_launch.catalog import Step, require_trains
 from nemotron_launch.errors import UserError
 from nemotron_launch.inputs import check_inputs, stages
-from nemotron_launch.job import Job
+from nemotron_launch.job import File, Job
 from nemotron_launch.plan import compose_for
 from nemotron_launch.resources import display
 
@@ -73,10 +73,17 @@ def render_job(job: Job) -> Rendered:
 def run_job(job: Job) -> int:
     """Place the job's files, run its command to the end, return its exit code (128 + n for signal n)."""
     check_machine(job)
-    place_files(job)
+    _check_secrets(job)
+    command: Sequence[str] = job.command
+    if job.setup or job.services or job.template or job.secrets:
+        rendered = render_job(job)  # more than a command: the script that a dry run shows
+        place_files(job, rendered.files)
+        command = ("bash", os.path.join(job.run_dir, rendered.main))
+    else:
+        place_files(job, job.files)
     with _signals_held() as held:
         child = subprocess.Popen(
-            job.command,
+            command,
             env={**os.environ, **job.env},
             stdin=subprocess.DEVNULL,
             # Its own group: a Ctrl-C reaches only us, and we pass it on once, instead of twice by two ways.
@@ -96,7 +103,7 @@ def check_machine(job: Job) -> None:
             hint="set cluster.num_nodes=1; processes of one node are cluster.procs_per_node or cluster.gpus_per_node",
         )
     absent = [package for module, package in _TRAINER.items() if find_spec(module) is None]
-    if absent and "nemotron_launch.trainer.spawn" in job.command:
+    if absent and "nemotron_launch.trainer.spawn" in job.command and job.container.python == sys.executable:
         raise UserError(
             f"{job.step} trains in this Python, which lacks {' and '.join(absent)}",
             hint="install the trainer:  pip install 'nemotron-launch[train]'   (with uv:  uv sync --extra train)",
@@ -104,15 +111,23 @@ def check_machine(job: Job) -> None:
         )
 
 
-def place_files(job: Job) -> None:
-    """Write the job's files into its folder, readable by nobody else: a config may name what is private."""
+def _check_secrets(job: Job) -> None:
+    for secret in job.secrets:
+        source = secret.source or secret.name
+        if not secret.optional and source not in os.environ:
+            hint = f"export {source}=…"
+            raise UserError(f"the secret {secret.name} is not set: there is no {source} in the environment", hint=hint)
+
+
+def place_files(job: Job, files: Sequence[File]) -> None:
+    """Write files into the job's folder, readable by nobody else: a config may name what is private."""
     run_dir = Path(job.run_dir)
     home = run_dir.parent.parent
     try:
         run_dir.mkdir(parents=True, mode=0o700)
         if home.name == ".nemotron" and not (home / ".gitignore").exists():
             (home / ".gitignore").write_text("*\n")
-        for file in job.files:
+        for file in files:
             path = run_dir / file.path
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch(mode=0o600)

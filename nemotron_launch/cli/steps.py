@@ -26,6 +26,8 @@ steps = LazyGroup(
         "list": ("nemotron_launch.cli.steps:list_steps", "List the steps."),
         "show": ("nemotron_launch.cli.steps:show", "Show all that a step's manifest says."),
         "run": ("nemotron_launch.cli.steps:run", "Run a step with a config, a profile and overrides."),
+        "check": ("nemotron_launch.cli.check:check", "Compile every step, config and profile, and compare."),
+        "diff": ("nemotron_launch.cli.check:diff", "Show how two compiled jobs differ."),
     },
 )
 
