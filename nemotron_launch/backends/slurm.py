@@ -195,9 +195,8 @@ def _srun_args(job: Job) -> list[str]:
 
 
 def _gpus_per_node(job: Job) -> int:
-    """Every node of an allocation is alike: as many GPUs as the one that needs most, the first or a service's own."""
-    shared = sum(service.gpus for service in job.services if not service.nodes)
-    return max([job.gpus_per_node + shared, *(service.gpus for service in job.services if service.nodes)])
+    """Every node of an allocation is alike: as many GPUs as the one that needs most, the trainer's or a service's."""
+    return max([job.gpus_per_node, *(service.gpus for service in job.services if service.nodes)])
 
 
 def _step_options(job: Job, first: int, nodes: int) -> list[str]:
@@ -290,11 +289,11 @@ def _gpu_slice(job: Job, service: Service | None) -> tuple[int, int] | None:
     if not any(other.gpus and not other.nodes for other in job.services):
         return None
     if service is None:
-        return 0, job.gpus_per_node
+        return 0, job.procs
     if service.nodes:
         return None
     before = job.services[: job.services.index(service)]
-    return job.gpus_per_node + sum(other.gpus for other in before if not other.nodes), service.gpus
+    return job.procs + sum(other.gpus for other in before if not other.nodes), service.gpus
 
 
 def _node_values(job: Job, service: Service | None) -> dict[str, Any]:
