@@ -76,7 +76,7 @@ class Run:
 
     def all(self) -> str:
         """Every log, for a test that failed."""
-        paths = [*sorted(self.folder.glob("slurm-*.out")), *sorted(self.folder.glob("logs/*/*"))]
+        paths = [*sorted(self.folder.glob("slurm-*.out")), self.folder / "exit_code", *sorted(self.folder.glob("logs/*/*"))]
         return "\n".join(f"--- {path.name}\n{path.read_text(errors='replace')}" for path in paths if path.is_file())
 
     @property
