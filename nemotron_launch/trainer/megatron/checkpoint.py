@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed import checkpoint as torch_checkpoint
+from torch.distributed.checkpoint.api import CheckpointException
 
 from nemotron_launch.errors import UserError
 from nemotron_launch.trainer.megatron import cpu
@@ -15,16 +18,33 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing import ShardedTensor
+    from megatron.core.dist_checkpointing.strategies import torch as torch_dist
     from megatron.core.models.gpt import GPTModel
 
+# What the libraries below raise; CheckpointException is no Exception.
+WRITE_ERRORS = (OSError, RuntimeError, CheckpointException)
+READ_ERRORS = (
+    OSError,
+    EOFError,
+    RuntimeError,
+    ValueError,
+    KeyError,
+    pickle.UnpicklingError,
+    CheckpointException,
+    dist_checkpointing.core.CheckpointingException,
+)
 # How the distributed optimizer lays out its shards, where it is in use.
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
 def save(folder: Path, model: GPTModel, optimizer: Any, scheduler: Any) -> None:
-    """Write weights and, if given, optimizer and schedule; all ranks call it, into an existing empty folder."""
+    """Write weights and, if given, optimizer and schedule; all ranks call it, into an existing empty folder.
+
+    Raises one of WRITE_ERRORS where that breaks off.
+    """
     cpu.prepare()
-    dist_checkpointing.save(_state(model, optimizer, scheduler, loading=False), str(folder), content_metadata=METADATA)
+    state = _state(model, optimizer, scheduler, loading=False)
+    dist_checkpointing.save(state, str(folder), WriteHere("torch_dist", 1), content_metadata=METADATA)
 
 
 def load_training_state(folder: Path, model: GPTModel, optimizer: Any, scheduler: Any) -> None:
@@ -54,6 +74,23 @@ def load_weights(folder: Path, model: GPTModel) -> None:
         model.load_state_dict(state["model"])
 
 
+class WriteHere(torch_dist.TorchDistSaveShardedStrategy):
+    """Megatron-core's format, written by this process.
+
+    Its own strategy forks writers and starts one more Python to collect their results. That costs 3 s and the memory of
+    a second program on every rank, and a writer whose rank is killed waits for it for ever. Here, too, what one rank
+    cannot write is an error on all of them.
+    """
+
+    def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path) -> None:
+        named, _, _ = torch_dist._replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
+        torch_checkpoint.save(
+            torch_dist.mcore_to_pyt_state_dict(named, False),
+            storage_writer=torch_checkpoint.FileSystemWriter(checkpoint_dir, thread_count=2, sync_files=True),
+            planner=torch_dist.MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+        )
+
+
 def _state(model: GPTModel, optimizer: Any, scheduler: Any, *, loading: bool) -> dict[str, Any]:
     weights = model.sharded_state_dict(metadata=METADATA)
     state: dict[str, Any] = {"model": weights}
@@ -66,9 +103,10 @@ def _state(model: GPTModel, optimizer: Any, scheduler: Any, *, loading: bool) ->
 def _load(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
     try:
         return dist_checkpointing.load(state, str(folder))
-    except (dist_checkpointing.core.CheckpointingException, OSError, EOFError, ValueError, KeyError) as error:
-        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"cannot be read as a Megatron checkpoint: {first_line}", where=str(folder)) from error
+    except READ_ERRORS as error:
+        # Errors of several ranks come with their stacks in front.
+        last_line = str(error).strip().splitlines()[-1] if str(error) else type(error).__name__
+        raise UserError(f"cannot be read as a Megatron checkpoint: {last_line}", where=str(folder)) from error
 
 
 def _check_shapes(folder: Path, wanted: dict[str, Any]) -> None:
