@@ -12,7 +12,8 @@ second INT kills at once. USR2 makes them print their stacks. When spawn dies, h
 
 Exit code. 0 when all ended with 0; 85 when all ended with 0 or 85, or when one was stopped before it could listen to
 the signal that asked it to; otherwise that of the process that failed first, 128 + n for signal n.
-`exit_code` in the output folder holds it (written by node 0; removed at the start, so none means killed).
+`exit_code` in the output folder holds it (written by node 0; removed at the start, so none means killed). A second
+run in the same output folder is refused with 2 while any process of the first lives.
 
 Output. Rank 0 has the terminal; the others write to `logs/rank_N.log` in the output folder, or here, with their rank
 in front of each line, when there is none.
@@ -36,7 +37,9 @@ from pathlib import Path
 from typing import IO
 
 from nemotron_launch.errors import UserError
+from nemotron_launch.trainer import output_lock
 from nemotron_launch.trainer.exit_codes import BAD_INPUT, FAILED, FINISHED, RESUME_ME
+from nemotron_launch.trainer.file_errors import file_error
 
 PASSED_ON = {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP}
 KILLED_BY_USER = 128 + signal.SIGINT
@@ -72,10 +75,27 @@ class Child:
 
 
 def run(launch: Launch) -> int:
-    """Start the processes, watch them to the end, and return the exit code for this node."""
-    if launch.output_dir and launch.node_rank == 0:
-        launch.output_dir.mkdir(parents=True, exist_ok=True)
+    """Start the processes, watch them to the end, and return the exit code for this node.
+
+    Raises UserError where the output folder cannot be written, or is another run's.
+    """
+    if launch.output_dir is None:
+        return _run(launch, ())
+    launch.output_dir.mkdir(parents=True, exist_ok=True)
+    if launch.node_rank > 0:
+        return _run(launch, ())
+    with output_lock.hold(launch.output_dir) as lock:
         (launch.output_dir / "exit_code").unlink(missing_ok=True)
+        code = _run(launch, (lock,))
+        try:
+            write_exit_code(launch.output_dir, code)
+        except OSError as error:
+            _say(str(file_error(error, launch.output_dir / "exit_code")))
+        return code
+
+
+def _run(launch: Launch, inherited: tuple[int, ...]) -> int:
+    """inherited: descriptors that every process keeps open."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     # Blocked and fetched with sigtimedwait: no handler can run in the middle of anything, and none is lost.
     fetched = {s for s in PASSED_ON if signal.getsignal(s) is not signal.SIG_IGN} | {signal.SIGCHLD}
@@ -84,7 +104,7 @@ def run(launch: Launch) -> int:
     try:
         with _rendezvous(launch) as (addr, port):
             for local_rank in range(launch.procs):
-                children.append(_start(launch, local_rank, addr, port, mask_before))
+                children.append(_start(launch, local_rank, addr, port, mask_before, inherited))
             pumps = [_prefix_lines(child) for child in children if child.process.stdout]
             code = _Watch(launch, children).until_all_ended(fetched)
             for pump in pumps:
@@ -94,8 +114,6 @@ def run(launch: Launch) -> int:
             if child.code is None:
                 _kill(child)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask_before)
-    if launch.output_dir and launch.node_rank == 0:
-        write_exit_code(launch.output_dir, code)
     return code
 
 
@@ -122,7 +140,7 @@ def _rendezvous(launch: Launch) -> Iterator[tuple[str, int]]:
         yield "127.0.0.1", reserved.getsockname()[1]
 
 
-def _start(launch: Launch, local_rank: int, addr: str, port: int, mask: Mask) -> Child:
+def _start(launch: Launch, local_rank: int, addr: str, port: int, mask: Mask, inherited: tuple[int, ...]) -> Child:
     rank = launch.node_rank * launch.procs + local_rank
     env = {
         "OMP_NUM_THREADS": str(max(1, usable_cores() // launch.procs)),
@@ -152,6 +170,7 @@ def _start(launch: Launch, local_rank: int, addr: str, port: int, mask: Mask) ->
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=subprocess.STDOUT if output else None,
+        pass_fds=inherited,
         # A group of its own: the terminal's Ctrl-C reaches us only, and we can end what a dead process left behind.
         process_group=0,
         preexec_fn=_in_child(os.getpid(), mask),  # safe: we have a single thread here
@@ -415,6 +434,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         _say(str(error))
         return error.exit_code
+    except OSError as error:
+        _say(str(file_error(error)))
+        return file_error(error).exit_code
 
 
 if __name__ == "__main__":
