@@ -96,6 +96,24 @@ class CheckpointStore:
         steps = self.complete_steps()
         return self._path(steps[-1]) if steps else None
 
+    def newest_to_resume(self) -> Path | None:
+        """The checkpoint from which a run goes on: `latest`.
+
+        Raises UserError where a step folder of a later step lacks a readable training_info.json. No kill leaves that
+        behind, so somebody must look; going on without a word could undo days.
+        """
+        named = (match for path in _children(self.folder) if (match := _STEP.fullmatch(path.name)))
+        newest = max((int(match[1]) for match in named), default=None)
+        if newest is not None and newest not in _complete(self.folder):
+            older = self.latest()
+            go_on = f"from {older.name}" if older else "from the start"
+            raise UserError(
+                f"cannot be read, so {self._path(newest).name} is damaged",
+                where=str(self._path(newest) / INFO),
+                hint=f"restore it, or remove {self._path(newest)} to go on {go_on}",
+            )
+        return self.latest()
+
     def best(self) -> Path | None:
         """The best complete checkpoint by metric; the newest, with a warning, when none has it or none is named."""
         complete = _complete(self.folder)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
 from nemotron_launch.errors import UserError
 
-# What may differ between two attempts of a run: where it runs and writes, how long, how the work is cut up, what is
-# measured. `*` stands for anything, dots too. All else decides the result.
+# What may differ between two attempts of a run: where it runs, reads and writes, how long, how the work is cut up, what
+# is measured. `*` stands for anything, dots too. All else decides the result. What lies at a path decides it too, but
+# not the path: weights, tokenizer, rows and the policy's shape are compared by content.
 FREE_TO_CHANGE = (
     "defaults*",
     "output_dir",
@@ -22,11 +23,15 @@ FREE_TO_CHANGE = (
     "dpo.val_*",
     "sft.val_*",
     "dpo.reference",  # stored, resident or offloaded: the same numbers
+    "data.train.data_path",
+    "data.default.data_path",
     "data.validation*",
     "data.val_data_paths*",
     "data.num_workers",
     "data.cache_dir",
     "data.max_bad_rows",
+    "policy.model_name",
+    "policy.tokenizer.name",
     "policy.train_micro_batch_size",
     "policy.logprob_batch_size",
     "policy.logprob_chunk_size",
@@ -57,7 +62,6 @@ FREE_TO_CHANGE = (
     "policy.megatron_cfg.distributed_data_parallel_config.overlap_*",
     "policy.megatron_cfg.distributed_data_parallel_config.data_parallel_sharding_strategy",
 )
-BUT_NOT = ("checkpointing.pretrained_checkpoint.path",)
 
 
 def config_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
@@ -70,9 +74,9 @@ def config_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple
     ]
 
 
-def refuse_config_changes(old: Mapping[str, Any], new: Mapping[str, Any], *, checkpoint: str, allow: bool) -> list[str]:
+def refuse_changes(changes: Iterable[tuple[str, Any, Any]], *, checkpoint: str, allow: bool) -> list[str]:
     """UserError that names what differs from `checkpoint`; where that is allowed, the lines that say it."""
-    lines = [f"{key}: {_short(was)} there, {_short(now)} here" for key, was, now in config_changes(old, new)]
+    lines = [f"{key}: {_short(was)} there, {_short(now)} here" for key, was, now in changes]
     if lines and not allow:
         advice = "take them back, give another output_dir, or set checkpointing.allow_config_change=true"
         message = f"{checkpoint} was trained with another config, so resuming from it would mix two runs"
@@ -81,7 +85,7 @@ def refuse_config_changes(old: Mapping[str, Any], new: Mapping[str, Any], *, che
 
 
 def _decides(key: str) -> bool:
-    return key in BUT_NOT or not any(fnmatchcase(key, pattern) for pattern in FREE_TO_CHANGE)
+    return not any(fnmatchcase(key, pattern) for pattern in FREE_TO_CHANGE)
 
 
 def _leaves(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

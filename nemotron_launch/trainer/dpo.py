@@ -14,6 +14,7 @@ import torch
 
 from nemotron_launch.errors import UserError
 from nemotron_launch.trainer import exit_codes, warm_start
+from nemotron_launch.trainer.agreement import same_everywhere, together
 from nemotron_launch.trainer.batch import Batch, Group, collate
 from nemotron_launch.trainer.data.preference import PreferencePair, load_preferences
 from nemotron_launch.trainer.data.sources import data_section
@@ -24,10 +25,13 @@ from nemotron_launch.trainer.reference import Reference, open_reference
 from nemotron_launch.trainer.setup import (
     Session,
     checkpoint_to_resume,
+    find_start,
+    fingerprint,
     new_policy,
     open_metrics,
     row_multiple,
     run_step,
+    say_finished,
 )
 from nemotron_launch.trainer.validation import GenerationCheck, padded, shares, weighted_mean
 
@@ -52,25 +56,22 @@ def main(step_dir: Path, argv: list[str] | None = None) -> int:
 def run(session: Session) -> int:
     """Load, warm-start or resume, train, and leave an aligned checkpoint_megatron."""
     config = session.config
-    pairs, validation = load_data(session)
+    pairs, validation = together(lambda: load_data(session))
     loop = LoopConfig.of(config, "dpo", len(pairs))
-    start = warm_start.find(config, session.architecture, step_dir=session.step_dir)
-    found = checkpoint_to_resume(session)
-    progress = Progress()
-    if found:
-        folder, info = found
-        progress = Progress.from_info(info)
-        warm_start.check_unchanged(start, info["warm_start"], folder)
-    metrics = open_metrics(session, progress.step)
-    with metrics:
+    data = same_everywhere(_fingerprint(pairs), what="other rows", where="data.train")
+    found = checkpoint_to_resume(session, data=data)
+    progress = Progress.from_info(found[1]) if found else Progress()
+    start = find_start(session, found[1]["warm_start"] if found else None, again=True)
+    with open_metrics(session, progress.step) as metrics:
         if found and progress.step >= loop.total_steps:
-            log.info("finished already: %s holds step %d of %d", found[0], progress.step, loop.total_steps)
-            return exit_codes.FINISHED
+            return say_finished(session, found[0], progress.step, loop.total_steps, limit="dpo.max_num_steps")
         log.info("%d training pairs, %d steps of %d", len(pairs), loop.total_steps, loop.global_batch)
         policy = new_policy(session)
         warm_start.load(policy, start)
         task = PreferenceTask(session, policy, pairs, validation)
         task.reference = open_reference(session, policy, start, task, loop)
+        if session.stop.stop_step is not None:
+            return exit_codes.RESUME_ME
         policy.make_trainable(config["policy"]["megatron_cfg"], total_steps=loop.total_steps)
         if found:
             resume(policy, *found)
@@ -84,7 +85,7 @@ def run(session: Session) -> int:
             stop=session.stop,
             tokenizer=session.tokenizer,
             composed=config,
-            recorded={"warm_start": start.recorded()},
+            recorded={"warm_start": start.recorded(), "data": data},
             started=session.started,
         )
         return train(setup, progress)
@@ -118,10 +119,15 @@ def load_data(session: Session) -> tuple[list[PreferencePair], dict[str, list[Pr
     return training, validation
 
 
+def _fingerprint(pairs: Sequence[PreferencePair]) -> str:
+    return fingerprint(array for pair in pairs for array in (pair.chosen_ids, pair.rejected_ids))
+
+
 class PreferenceTask:
     """The pairs of a run: their batches, losses and validations."""
 
     metric_names: Sequence[str] = METRICS
+    advice = "raise dpo.reference_policy_kl_penalty"
     reference: Reference
 
     def __init__(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ import yaml
 
 from nemotron_launch.errors import UserError
 from nemotron_launch.trainer import exit_codes
+from nemotron_launch.trainer.agreement import SharedError, on_rank_0
 from nemotron_launch.trainer.batch import Batch
 from nemotron_launch.trainer.checkpoints import WEIGHTS, CheckpointStore, metric_value, out_of_time, parse_must_save_by
 from nemotron_launch.trainer.data.order import Position, batch_indices, next_position, steps_per_epoch
@@ -28,11 +30,15 @@ from nemotron_launch.trainer.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
+# A file system with less free space than this counts as full.
+FULL_MIB = 4
+
 
 class Task(Protocol):
     """What differs between the steps: their rows, losses and validations."""
 
     metric_names: Sequence[str]
+    advice: str  # what to change first where the loss is not finite
 
     @property
     def rows(self) -> int:
@@ -142,21 +148,26 @@ def _batch(config: LoopConfig, rows: int, position: Position) -> np.ndarray:
 def train(run: Run, progress: Progress) -> int:
     """Train from `progress` to the last step; returns an exit code of `exit_codes`.
 
-    Raises UserError (exit code 1) where the loss or a gradient is not finite: nothing of that step is saved.
+    Raises UserError (exit code 1) where loss, gradient or weights are not finite: nothing of that step is saved.
     """
     config, task, policy = run.config, run.task, run.policy
     if config.val_at_start and progress.step == 0:
-        run.metrics.log(0, 0, task.validate())
-    durations: list[float] = []
+        line = task.validate()
+        _rank_value(run, line)
+        run.metrics.log(0, 0, line)
+    first, began_first = progress.step, time.monotonic()
     with run.metrics.progress(config.total_steps, progress.step):
         while progress.step < config.total_steps:
+            if progress.step == first and run.stop.agree(False, first):
+                log.info("asked to stop before step %d (exit code %d)", first + 1, exit_codes.RESUME_ME)
+                return exit_codes.RESUME_ME
             began = time.monotonic()
             indices = _batch(config, task.rows, progress.position)
             batches, loss = task.train_batches(indices)
             values = policy.train_step(batches, loss, task.metric_names)
-            _stop_if_not_finite(values, progress, run, indices)
+            not_finite = [name for name in ("loss", "grad_norm") if not math.isfinite(values[name])]
+            _stop_if(not_finite, progress.step + 1, run, indices)
             elapsed = time.monotonic() - began
-            durations.append(elapsed)
             batch = task.describe(indices)
             epoch = progress.position.epoch
             progress.step += 1
@@ -169,15 +180,19 @@ def train(run: Run, progress: Progress) -> int:
             due = config.val_period > 0 and progress.step % config.val_period == 0
             if due or (last and config.val_at_end):
                 line |= task.validate()
-            must_stop = _must_stop(run, durations, progress.step)
+            _rank_value(run, line)
+            mean_step = (time.monotonic() - began_first) / (progress.step - first)
+            must_stop = _must_stop(run, mean_step, progress.step)
             # Before the checkpoint: a run that resumes from it then misses no line.
             run.metrics.log(progress.step, epoch, line)
             if config.checkpoints and run.store.should_save(progress.step, last=last, stopping=must_stop):
+                _stop_if(_not_finite(policy, line), progress.step, run, indices)
                 began = time.monotonic()
                 save(run, progress, line)
                 log.info("saved step %d in %.1f s", progress.step, time.monotonic() - began)
             if must_stop and not last:
-                log.info("stopped after step %d, ready to resume (exit code %d)", progress.step, exit_codes.RESUME_ME)
+                ready = "ready to resume" if config.checkpoints else "nothing saved (checkpointing.enabled is false)"
+                log.info("stopped after step %d, %s (exit code %d)", progress.step, ready, exit_codes.RESUME_ME)
                 return exit_codes.RESUME_ME
     return exit_codes.FINISHED
 
@@ -194,61 +209,102 @@ def _timing(batch: Mapping[str, float], elapsed: float, policy: Policy) -> dict[
     return timing
 
 
-def _must_stop(run: Run, durations: Sequence[float], step: int) -> bool:
+def _must_stop(run: Run, mean_step_s: float, step: int) -> bool:
     """Whether all ranks save and stop after this step: a signal came, or the time to save by is near."""
     elapsed = time.monotonic() - run.started
-    return run.stop.agree(out_of_time(elapsed, float(np.mean(durations)), run.config.must_save_by), step)
+    return run.stop.agree(out_of_time(elapsed, mean_step_s, run.config.must_save_by), step)
 
 
-def _stop_if_not_finite(values: Mapping[str, float], progress: Progress, run: Run, indices: np.ndarray) -> None:
-    bad = [name for name in ("loss", "grad_norm") if not math.isfinite(values[name])]
-    if not bad:
+def _not_finite(policy: Policy, line: Mapping[str, float]) -> list[str]:
+    """What makes a checkpoint worthless although the step's own loss was fine; the same on every rank."""
+    bad = [name for name, value in line.items() if name.endswith("/loss") and not math.isfinite(value)]
+    here = any(not bool(torch.isfinite(weight).all()) for weight in policy.gpt.parameters())
+    return [*bad, "weights"] if parallel.any_rank(here, policy.layout.device) else bad
+
+
+def _stop_if(not_finite: Sequence[str], step: int, run: Run, indices: np.ndarray) -> None:
+    """End the run where something is not finite, the same on every rank, naming the step and its rows."""
+    if not not_finite:
         return
     sources = run.task.sources(indices)
     shown = ", ".join(sources[:8]) + (f" and {len(sources) - 8} more" if sources[8:] else "")
     good = run.store.latest()
-    raise UserError(
-        f"step {progress.step + 1}: {' and '.join(bad)} not finite",
+    raise SharedError(
+        f"step {step}: {' and '.join(not_finite)} not finite",
         hint=f"rows of the batch: {shown}\n"
         f"last good checkpoint: {good or 'none'}\n"
-        "lower policy.optimizer.lr or raise dpo.reference_policy_kl_penalty, or look at these rows",
+        f"{run.task.advice}, lower policy.megatron_cfg.optimizer.lr, or look at these rows",
         exit_code=exit_codes.FAILED,
     )
 
 
 def save(run: Run, progress: Progress, line: Mapping[str, float]) -> None:
     """Write step_N: tensors by all ranks into tmp_step_N, the rest and the rename by rank 0."""
-    layout, policy = run.policy.layout, run.policy
-    folder = run.store.tmp_path(progress.step)
-    if layout.rank == 0:
-        run.store.begin(progress.step)
-        (folder / WEIGHTS).mkdir(parents=True)
-    parallel.barrier()
+    policy, store, step = run.policy, run.store, progress.step
+    weights = store.tmp_path(step) / WEIGHTS
+
+    def begin() -> None:
+        run.metrics.sync()
+        store.begin(step)
+        weights.mkdir(parents=True)
+
+    on_rank_0(begin)
     keep = run.config.save_optimizer
-    checkpoint.save(
-        folder / WEIGHTS,
-        policy.gpt,
-        policy.optimizer if keep else None,
-        policy.scheduler if keep else None,
-    )
-    parallel.barrier()
-    if layout.rank == 0:
-        policy.architecture.write(folder / "policy")
+    try:
+        checkpoint.save(weights, policy.gpt, policy.optimizer if keep else None, policy.scheduler if keep else None)
+    except checkpoint.WRITE_ERRORS as error:
+        raise _not_written(error, run, step) from error
+    on_rank_0(lambda: _commit(run, progress, line))
+
+
+def _commit(run: Run, progress: Progress, line: Mapping[str, float]) -> None:
+    folder = run.store.tmp_path(progress.step)
+    try:
+        run.policy.architecture.write(folder / "policy")
         run.tokenizer.save(folder / "policy" / "tokenizer")
         text = yaml.safe_dump(dict(run.composed), sort_keys=False, allow_unicode=True)
         (folder / "config.yaml").write_text(text, encoding="utf-8")
         (folder / "train_dataloader.json").write_text(json.dumps(progress.position.to_dict()) + "\n")
         run.store.commit(progress.step, training_info(run, progress, line))
-        run.store.prune()
-    parallel.barrier()
+    except OSError as error:
+        raise _not_written(error, run, progress.step) from error
+    run.store.prune()
+
+
+def _not_written(error: BaseException, run: Run, step: int) -> UserError:
+    """The save broke off: give its room back, and say why and where the run stands."""
+    free = shutil.disk_usage(run.store.folder).free / 2**20
+    if run.policy.layout.rank == 0:
+        shutil.rmtree(run.store.tmp_path(step), ignore_errors=True)
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).strip().splitlines()[-1]
+    if free < FULL_MIB:  # torch's writer knows no reason
+        reason = "no space left on device"
+    return UserError(
+        f"step {step} could not be saved: {reason.lower()}",
+        where=str(run.store.folder),
+        hint=f"last good checkpoint: {run.store.latest() or 'none'}; start again to go on from there",
+        exit_code=exit_codes.FAILED,
+    )
+
+
+def _rank_value(run: Run, line: Mapping[str, float]) -> float | None:
+    """The metric by which this step's checkpoint will be ranked; UserError, at once, where there is none such."""
+    return metric_value(run.store.metric_name, train=_of_train(line), val=_of_validation(line))
+
+
+def _of_train(line: Mapping[str, float]) -> dict[str, float]:
+    return {name.removeprefix("train/"): value for name, value in line.items() if name.startswith("train/")}
+
+
+def _of_validation(line: Mapping[str, float]) -> dict[str, float]:
+    # NeMo-RL's names: `validation-default/loss` is `validation-default_loss` there.
+    return {name.replace("/", "_"): value for name, value in line.items() if name.startswith("validation-")}
 
 
 def training_info(run: Run, progress: Progress, line: Mapping[str, float]) -> dict[str, Any]:
     """training_info.json: NeMo-RL's fields, the step's metrics by their checkpointing names, and what resume checks."""
-    train = {name.removeprefix("train/"): value for name, value in line.items() if name.startswith("train/")}
-    # NeMo-RL's names: `validation-default/loss` is `validation-default_loss` there.
-    val = {name.replace("/", "_"): value for name, value in line.items() if name.startswith("validation-")}
-    metric_value(run.store.metric_name, train=train, val=val)
+    if run.store.metric_name and _rank_value(run, line) is None:
+        log.warning("step %d has no %s: its checkpoint ranks last", progress.step, run.store.metric_name)
     return {
         "epoch": progress.position.epoch,
         "step": progress.step,
@@ -259,8 +315,8 @@ def training_info(run: Run, progress: Progress, line: Mapping[str, float]) -> di
         "save_optimizer": run.config.save_optimizer,
         "tokenizer": run.tokenizer.fingerprint,
         **run.recorded,
-        **{f"train:{name}": value for name, value in train.items()},
-        **{f"val:{name}": value for name, value in val.items()},
+        **{f"train:{name}": value for name, value in _of_train(line).items()},
+        **{f"val:{name}": value for name, value in _of_validation(line).items()},
     }
 
 

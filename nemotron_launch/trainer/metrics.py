@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from nemotron_launch.errors import UserError
+from nemotron_launch.trainer.file_errors import file_error
 from nemotron_launch.trainer.metric_loggers import MetricLogger, open_loggers
 from nemotron_launch.trainer.progress import ConsoleHandler, Progress
 
@@ -24,14 +26,19 @@ def train_log(output_dir: Path) -> Iterator[None]:
     """What the package logs at INFO goes to `train.log`, with the time, and to the terminal; attempts append.
 
     Inside another one it changes nothing: a run that has words to say before its first number opens it earlier.
+    An error that ends the run is written down too. Raises UserError where the folder cannot be written.
     """
     package = logging.getLogger("nemotron_launch")
     if any(isinstance(handler, ConsoleHandler) for handler in package.handlers):
         yield
         return
-    output_dir.mkdir(parents=True, exist_ok=True)
     before = package.level, package.propagate
-    file = logging.FileHandler(output_dir / "train.log")
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        file = logging.FileHandler(output_dir / "train.log")
+    except OSError as error:
+        raise file_error(error) from error
+    file.handleError = lambda record: None  # type: ignore[method-assign]  # a full disk: metrics.jsonl will say so
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     console = ConsoleHandler()
     for handler in (file, console):
@@ -40,6 +47,10 @@ def train_log(output_dir: Path) -> Iterator[None]:
     package.propagate = False  # else a library that configures the root logger would show each line twice
     try:
         yield
+    except Exception as error:
+        package.removeHandler(console)  # there it is printed in the end
+        package.error("%s", error, exc_info=not isinstance(error, UserError))
+        raise
     finally:
         for handler in (file, console):
             package.removeHandler(handler)
@@ -75,9 +86,9 @@ class MetricsLog:
             return
         output_dir.mkdir(parents=True, exist_ok=True)
         self._loggers = open_loggers(logger, output_dir, config=config or {}, resume_step=resume_step)
-        path = output_dir / "metrics.jsonl"
-        cut_back(path, resume_step)
-        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self._path = output_dir / "metrics.jsonl"
+        cut_back(self._path, resume_step)
+        self._file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         self._train_log.enter_context(train_log(output_dir))
 
     @contextlib.contextmanager
@@ -99,7 +110,10 @@ class MetricsLog:
         flat = flatten(metrics)
         line = {"step": step, "epoch": epoch, "time": round(time.time(), 3), **flat}
         text = json.dumps({key: _finite(value) for key, value in line.items()}, allow_nan=False)
-        os.write(self._file, f"{text}\n".encode())
+        try:
+            os.write(self._file, f"{text}\n".encode())
+        except OSError as error:
+            raise file_error(error, self._path) from error
         numbers = {key: value for key, value in flat.items() if isinstance(value, int | float)}
         for logger in list(self._loggers):
             try:

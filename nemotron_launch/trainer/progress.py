@@ -11,6 +11,8 @@ from typing import Any, TextIO
 log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 10.0
+# What a step's line shows of `train/…`, as far as the step has it.
+SHOWN = ("loss", "accuracy", "policy_accuracy")
 # How the loops name their speed; the first that a step has is shown.
 SPEED_KEYS = ("timing/train/tokens_per_sec", "timing/train/valid_tokens_per_sec_per_gpu")
 
@@ -81,9 +83,7 @@ class Progress:
 
 
 def _numbers(metrics: Mapping[str, float]) -> str:
-    parts = [
-        f"{name} {_short(metrics[f'train/{name}'])}" for name in ("loss", "accuracy") if f"train/{name}" in metrics
-    ]
+    parts = [f"{name} {_short(metrics[f'train/{name}'])}" for name in SHOWN if f"train/{name}" in metrics]
     parts += [f"{metrics[key]:,.0f} tokens/s" for key in SPEED_KEYS if key in metrics][:1]
     return "  ".join(parts)
 

@@ -8,6 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
+import time
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -17,6 +20,7 @@ import torch
 from torch import Tensor
 
 from nemotron_launch.trainer import warm_start
+from nemotron_launch.trainer.agreement import on_rank_0
 from nemotron_launch.trainer.batch import Batch
 from nemotron_launch.trainer.data.order import Position
 from nemotron_launch.trainer.data.preference import PreferencePair
@@ -32,6 +36,9 @@ if TYPE_CHECKING:
     from nemotron_launch.trainer.dpo import PreferenceTask
 
 log = logging.getLogger(__name__)
+# Between two looks for a wish to stop, while the reference is computed.
+MICRO_BATCHES = 16
+SECONDS_BETWEEN_WRITES = 60.0
 Score = Callable[[Sequence[Batch]], list[Tensor]]
 
 
@@ -108,7 +115,10 @@ def open_reference(
 def _stored_sums(
     session: Session, policy: Policy, start: WarmStart, task: PreferenceTask, loop: LoopConfig
 ) -> dict[str, np.ndarray]:
-    """Sums for every pair that the run will visit, from the file beside the checkpoints or computed now."""
+    """Sums for every pair that the run will visit, from the file beside the checkpoints or computed now.
+
+    Incomplete (NaN) where the ranks agreed to stop meanwhile; what was computed is kept in the file.
+    """
     visited = np.unique(np.concatenate(visiting_order(loop, task.rows, position=Position(), steps=loop.total_steps)))
     wanted: dict[str, tuple[Sequence[PreferencePair], np.ndarray]] = {"train": (task.pairs, visited)}
     limit = task.section["val_batches"] * task.section["val_global_batch_size"]
@@ -116,30 +126,45 @@ def _stored_sums(
         wanted[f"validation-{name}"] = (pairs, np.arange(min(len(pairs), limit) if limit > 0 else len(pairs)))
     key = _key(session, start, wanted)
     path = session.output_dir / "reference.npz"
-    sums = _read(path, key)
-    # All ranks score together or none does, whatever a shared file system showed each of them.
-    if parallel.any_rank(sums is None, policy.layout.device) or sums is None:
-        count = sum(len(indices) for _, indices in wanted.values())
-        log.info("computing the reference's log-probabilities of %d pairs once", count)
-        sums = {name: _score_pairs(policy, task, pairs, indices) for name, (pairs, indices) in wanted.items()}
-        if session.main_rank:
-            _write(path, key, sums)
+    empty = {name: np.full((len(pairs), 2), np.nan) for name, (pairs, _) in wanted.items()}
+    sums = on_rank_0(lambda: _read(path, key, empty))
+    missing = sum(int(np.isnan(sums[name][indices]).any(axis=1).sum()) for name, (_, indices) in wanted.items())
+    if missing:
+        log.info("computing the reference's log-probabilities of %d pairs once", missing)
+        written = time.monotonic()
+        for name, (pairs, indices) in wanted.items():
+            for part in _parts(pairs, indices, policy.layout.data * task.logprob_batch * MICRO_BATCHES):
+                if not np.isnan(sums[name][part]).any():
+                    continue
+                if session.stop.agree(False, 0):
+                    _write(session, path, key, sums)
+                    log.info("asked to stop; the log-probabilities so far are in %s", path)
+                    return sums
+                sums[name][part] = _score(policy, task, pairs, part)
+                if time.monotonic() - written > SECONDS_BETWEEN_WRITES:
+                    _write(session, path, key, sums)
+                    written = time.monotonic()
+        _write(session, path, key, sums)
     return sums
 
 
-def _score_pairs(
-    policy: Policy, task: PreferenceTask, pairs: Sequence[PreferencePair], indices: np.ndarray
-) -> np.ndarray:
-    """[M, 2] sums of the chosen rows of `pairs`, on every rank; similar lengths share a micro-batch."""
-    layout = policy.layout
+def _parts(pairs: Sequence[PreferencePair], indices: np.ndarray, size: int) -> list[np.ndarray]:
+    """Indices of pairs of similar length, about `size` at a time; the same in every attempt."""
     lengths = [len(pairs[i].chosen_ids) + len(pairs[i].rejected_ids) for i in indices]
-    ordered = padded(indices[np.argsort(lengths, kind="stable")], layout.data)
-    sums_M2 = torch.zeros(len(pairs), 2, dtype=torch.float64, device=layout.device)
-    for part in shares(_dealt(ordered, layout.data), layout, task.logprob_batch):
-        batch = task.batch([pairs[i] if i >= 0 else None for i in part])
+    ordered = indices[np.argsort(lengths, kind="stable")]
+    return [ordered[i : i + size] for i in range(0, len(ordered), size)]
+
+
+def _score(policy: Policy, task: PreferenceTask, pairs: Sequence[PreferencePair], part: np.ndarray) -> np.ndarray:
+    """[len(part), 2] sums of the pairs of `part`, on every rank."""
+    layout = policy.layout
+    places = _dealt(padded(np.arange(len(part)), layout.data), layout.data)
+    sums_M2 = torch.zeros(len(part), 2, dtype=torch.float64, device=layout.device)
+    for share in shares(places, layout, task.logprob_batch):
+        batch = task.batch([pairs[part[i]] if i >= 0 else None for i in share])
         scored_M2 = sequence_logps(policy.logps([batch])[0], batch.mask_NR).view(-1, 2)
-        real = torch.from_numpy(part >= 0).to(layout.device)
-        sums_M2[torch.from_numpy(part).to(layout.device)[real]] = scored_M2[real]
+        real = torch.from_numpy(share >= 0).to(layout.device)
+        sums_M2[torch.from_numpy(share).to(layout.device)[real]] = scored_M2[real]
     parallel.sum_over_data(sums_M2)
     result: np.ndarray = sums_M2.cpu().numpy()
     return result
@@ -163,19 +188,33 @@ def _key(session: Session, start: WarmStart, wanted: dict[str, tuple[Sequence[Pr
     return digest.hexdigest()
 
 
-def _read(path: Path, key: str) -> dict[str, np.ndarray] | None:
-    """The stored sums where they are of this key; every rank reads the same file or none does."""
+def _read(path: Path, key: str, empty: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The stored sums where they are of this key and whole, else `empty`: they can always be computed again."""
     try:
         with np.load(path) as stored:
             if str(stored["key"]) != key:
-                return None
-            return {name: stored[name] for name in stored.files if name != "key"}
-    except (OSError, ValueError, KeyError, EOFError):
-        return None
+                return empty
+            sums = {name: stored[name] for name in empty}
+    except FileNotFoundError:
+        return empty
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        log.warning("%s cannot be read (%s): it is made again", path, error)
+        return empty
+    fits = all(sums[name].shape == array.shape and sums[name].dtype == array.dtype for name, array in empty.items())
+    return sums if fits else empty
 
 
-def _write(path: Path, key: str, sums: dict[str, np.ndarray]) -> None:
+def _write(session: Session, path: Path, key: str, sums: dict[str, np.ndarray]) -> None:
+    """Keep the sums for the next attempt; on a disk that does not take them this one goes on without."""
+    if not session.main_rank:
+        return
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        np.savez(file, key=np.array(key), **sums)  # type: ignore[arg-type]
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            np.savez(file, key=np.array(key), **sums)  # type: ignore[arg-type]
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        log.warning("%s is not kept (%s): a resumed run computes it again", path, error.strerror)

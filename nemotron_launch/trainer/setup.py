@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import logging
 import math
 import os
@@ -11,28 +12,46 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 
+from nemotron_launch.config import checks
 from nemotron_launch.errors import UserError
 from nemotron_launch.trainer import doctor, exit_codes, warm_start
-from nemotron_launch.trainer.architecture import Architecture
-from nemotron_launch.trainer.checkpoints import CheckpointStore, read_info
-from nemotron_launch.trainer.config_changes import refuse_config_changes
+from nemotron_launch.trainer.agreement import SharedError, on_rank_0, together
+from nemotron_launch.trainer.architecture import Architecture, differences, read_architecture
+from nemotron_launch.trainer.checkpoints import INFO, CheckpointStore, read_info
+from nemotron_launch.trainer.config_changes import config_changes, refuse_changes
+from nemotron_launch.trainer.file_errors import file_error
 from nemotron_launch.trainer.megatron import parallel
 from nemotron_launch.trainer.megatron.model import Numerics
 from nemotron_launch.trainer.metrics import MetricsLog, train_log
 from nemotron_launch.trainer.policy import Policy
 from nemotron_launch.trainer.signals import StopRequest
 from nemotron_launch.trainer.tokenizer import Tokenizer, load_tokenizer
+from nemotron_launch.trainer.warm_start import WarmStart
 
 log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# What resuming reads of training_info.json.
+RESUME_FIELDS = (
+    "epoch",
+    "step",
+    "step_in_epoch",
+    "consumed_samples",
+    "total_valid_tokens",
+    "save_optimizer",
+    "warm_start",
+    "tokenizer",
+    "data",
+)
+TITLES = {"tokenizer": "policy.tokenizer (its fingerprint)", "data": "data.train (its rows' fingerprint)"}
 
 
 @dataclass(frozen=True)
@@ -57,19 +76,21 @@ class Session:
 def run_step(step_dir: Path, train: Callable[[Session], int], argv: list[str] | None = None) -> int:
     """The body of a step's `train.py`: reads --config, trains, and returns the attempt's exit code.
 
-    Every UserError is printed once, by rank 0; anything else is a defect of ours and shows its stack in the log.
+    A UserError is printed, without its stack; anything else is a defect of ours and shows it. Both are in train.log.
     """
     started = time.monotonic()
     # megatron-core warns of its own deprecations and of every optional package that is not there.
     warnings.filterwarnings("ignore", module=r"megatron\.|torch\.distributed\.")
     stop = StopRequest()
     rank = int(os.environ.get("RANK", "0"))
-    config = yaml.safe_load(_arguments(argv).config.read_text())
     try:
+        config = _read_config(_arguments(argv).config)
         with train_log(Path(config["output_dir"])) if rank == 0 else contextlib.nullcontext():
             return train(_open(config, step_dir, started, stop))
     except UserError as error:
-        if rank == 0:
+        if rank > 0 and isinstance(error, SharedError):
+            time.sleep(2)  # rank 0 says it, and spawn takes the first to end for the cause
+        else:
             print(error, file=sys.stderr, flush=True)
         return error.exit_code
     except KeyboardInterrupt:
@@ -88,10 +109,23 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise file_error(error) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError("is not YAML", where=str(path), hint=str(error)) from error
+    if not isinstance(config, dict) or "output_dir" not in config:
+        raise UserError("is not a composed config", where=str(path), hint="nemotron steps run composes one")
+    return config
+
+
 def _open(config: Mapping[str, Any], step_dir: Path, started: float, stop: StopRequest) -> Session:
     doctor.require()
     if config["policy"]["device"] == "cuda":
         doctor.require("gpu")
+    _check_sizes(config)
     policy, megatron = config["policy"], config["policy"]["megatron_cfg"]
     os.environ.update({name: str(value) for name, value in (megatron.get("env_vars") or {}).items()})
     section = config.get("dpo") or config.get("sft") or {}
@@ -107,11 +141,29 @@ def _open(config: Mapping[str, Any], step_dir: Path, started: float, stop: StopR
             f"{policy['precision']} needs a GPU, and there is none", where="policy.precision", hint="set it to float32"
         )
     stop.over(lambda flag: parallel.any_rank(flag, layout.device))
-    output_dir = Path(config["output_dir"])
-    tokenizer = load_tokenizer(policy["tokenizer"], policy["model_name"], step_dir=step_dir)
-    architecture = warm_start.resolve_architecture(policy, vocab_size=tokenizer.vocab_size, step_dir=step_dir)
-    saving = config["checkpointing"]
-    store = CheckpointStore(
+
+    def files() -> tuple[Tokenizer, Architecture, CheckpointStore]:
+        tokenizer = load_tokenizer(policy["tokenizer"], policy["model_name"], step_dir=step_dir)
+        architecture = warm_start.resolve_architecture(policy, vocab_size=tokenizer.vocab_size, step_dir=step_dir)
+        return tokenizer, architecture, _store(config["checkpointing"])
+
+    tokenizer, architecture, store = together(files)
+    on_rank_0(lambda: _tidy(store))
+    return Session(config, step_dir, Path(config["output_dir"]), started, stop, layout, tokenizer, architecture, store)
+
+
+def _check_sizes(config: Mapping[str, Any]) -> None:
+    """The launcher's checks again, for the processes that were started: they may be others than the config's."""
+    started = {**config["cluster"], "num_nodes": 1, "procs_per_node": int(os.environ.get("WORLD_SIZE", "1"))}
+    step = next(step for step, (section, _) in checks.LOOPS.items() if config.get(section))
+    problems = checks.check(step, {**config, "cluster": started})
+    if problems:
+        more = [line for problem in problems[1:] for line in (f"{problem.key}: {problem.message}", problem.hint)]
+        raise UserError(problems[0].message, where=problems[0].key, hint="\n".join([problems[0].hint, *more]))
+
+
+def _store(saving: Mapping[str, Any]) -> CheckpointStore:
+    return CheckpointStore(
         Path(saving["checkpoint_dir"]),
         keep_top_k=saving["keep_top_k"],
         save_period=saving["save_period"],
@@ -120,11 +172,13 @@ def _open(config: Mapping[str, Any], step_dir: Path, started: float, stop: StopR
         ft_keep_latest_k=saving["ft_keep_latest_k"],
         ft_save_period=saving["ft_save_period"],
     )
-    if layout.rank == 0:
-        for done in store.clean():
-            log.info("%s", done)
-    parallel.barrier()
-    return Session(config, step_dir, output_dir, started, stop, layout, tokenizer, architecture, store)
+
+
+def _tidy(store: CheckpointStore) -> None:
+    """End what a killed attempt had begun: saves, swaps, removals."""
+    for done in store.clean():
+        log.info("%s", done)
+    store.prune()
 
 
 def numerics(config: Mapping[str, Any]) -> Numerics:
@@ -152,30 +206,98 @@ def new_policy(session: Session) -> Policy:
     return Policy(session.architecture, session.layout, numerics(session.config), seed=section["seed"])
 
 
-def checkpoint_to_resume(session: Session) -> tuple[Path, dict[str, Any]] | None:
-    """The run's newest complete checkpoint with its training_info, or None for a fresh run.
+def checkpoint_to_resume(session: Session, *, data: str) -> tuple[Path, dict[str, Any]] | None:
+    """The run's newest checkpoint with its training_info, or None for a fresh run; data: the rows' fingerprint.
 
-    Raises UserError where a setting that changes the result differs from the checkpoint's, naming the keys.
+    Raises UserError where something that decides the result is not as it was, naming it: keys of the config, the
+    policy's shape, the tokenizer, the rows. Paths may change, what lies there may not.
     """
-    folder = session.store.latest()
+    return on_rank_0(lambda: _find_own(session, data))
+
+
+def _find_own(session: Session, data: str) -> tuple[Path, dict[str, Any]] | None:
+    folder = session.store.newest_to_resume()
     if folder is None:
         return None
-    stored = yaml.safe_load((folder / "config.yaml").read_text())
+    info = read_info(folder) or {}
+    if missing := [name for name in RESUME_FIELDS if name not in info]:
+        raise UserError(
+            f"lacks {', '.join(missing)}, so nothing can resume from it",
+            where=str(folder / INFO),
+            hint="start in another output_dir; checkpointing.pretrained_checkpoint.path may name this checkpoint",
+        )
+    changes = config_changes(_stored_config(folder), session.config)
+    for name, now in (("tokenizer", session.tokenizer.fingerprint), ("data", data)):
+        if info[name] != now:
+            changes.append((TITLES[name], info[name][:12], now[:12]))
     allow = session.config["checkpointing"]["allow_config_change"]
-    for line in refuse_config_changes(stored, dict(session.config), checkpoint=str(folder), allow=allow):
+    for line in refuse_changes(changes, checkpoint=str(folder), allow=allow):
         log.warning("resuming with another config: %s", line)
-    return folder, read_info(folder) or {}
+    shape = read_architecture(folder / "policy")
+    if shape and (fields := differences(shape, session.architecture)):
+        hint = "\n".join([*fields, "restore policy.model_name or policy.architecture, or give another output_dir"])
+        raise UserError("the policy has another shape than when the run began:", where=str(folder), hint=hint)
+    return folder, info
+
+
+def _stored_config(folder: Path) -> dict[str, Any]:
+    try:
+        stored = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError("is not YAML", where=str(folder / "config.yaml"), hint=str(error)) from error
+    return stored if isinstance(stored, dict) else {}
+
+
+def find_start(session: Session, recorded: Mapping[str, Any] | None, *, again: bool) -> WarmStart:
+    """The weights from which the run starts, or, given what its checkpoint recorded of them, started.
+
+    again: whether a resumed run needs the same ones; weights that were drawn then depend on the layout.
+    """
+    layout, section = session.layout, session.config.get("dpo") or session.config.get("sft") or {}
+    drawn = f"seed {section['seed']}" + (f", tensor {layout.tensor}, pipeline {layout.pipeline}" if again else "")
+    return on_rank_0(
+        lambda: warm_start.find(
+            session.config,
+            session.architecture,
+            tokenizer=session.tokenizer.fingerprint,
+            drawn=drawn,
+            step_dir=session.step_dir,
+            recorded=recorded,
+        )
+    )
+
+
+def say_finished(session: Session, folder: Path, step: int, total: int, *, limit: str) -> int:
+    """Nothing is left to do; limit: the config key that says so. Returns the exit code."""
+    log.info(
+        "finished already: %s holds step %d of %d. To train on, raise %s; to start afresh, give another output_dir "
+        "or remove %s",
+        folder, step, total, limit, session.store.folder,
+    )  # fmt: skip
+    return exit_codes.FINISHED
+
+
+def fingerprint(arrays: Iterable[np.ndarray]) -> str:
+    """sha256 of the rows that a run trains on, as token ids; where they lie does not matter."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(len(array).to_bytes(8, "little") + array.tobytes())
+    return digest.hexdigest()
 
 
 def open_metrics(session: Session, resume_step: int) -> MetricsLog:
     """metrics.jsonl, train.log and the loggers; on other ranks a log that drops everything."""
-    if session.main_rank:
-        text = yaml.safe_dump(dict(session.config), sort_keys=False, allow_unicode=True)
-        (session.output_dir / "config.yaml").write_text(text, encoding="utf-8")
-    return MetricsLog(
-        session.output_dir,
-        session.config["logger"],
-        resume_step=resume_step,
-        config=session.config,
-        enabled=session.main_rank,
-    )
+
+    def on_this_rank() -> MetricsLog:
+        if session.main_rank:
+            text = yaml.safe_dump(dict(session.config), sort_keys=False, allow_unicode=True)
+            (session.output_dir / "config.yaml").write_text(text, encoding="utf-8")
+        return MetricsLog(
+            session.output_dir,
+            session.config["logger"],
+            resume_step=resume_step,
+            config=session.config,
+            enabled=session.main_rank,
+        )
+
+    return together(on_this_rank)

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from nemotron_launch.errors import UserError
-from nemotron_launch.trainer import exit_codes, warm_start
+from nemotron_launch.trainer import warm_start
+from nemotron_launch.trainer.agreement import same_everywhere, together
 from nemotron_launch.trainer.batch import Batch, Group, collate
 from nemotron_launch.trainer.data.sft import SFTExample, load_sft
 from nemotron_launch.trainer.data.sources import data_section
@@ -23,10 +24,13 @@ from nemotron_launch.trainer.policy import LossFunction, Policy
 from nemotron_launch.trainer.setup import (
     Session,
     checkpoint_to_resume,
+    find_start,
+    fingerprint,
     new_policy,
     open_metrics,
     row_multiple,
     run_step,
+    say_finished,
 )
 from nemotron_launch.trainer.validation import GenerationCheck, padded, shares, weighted_mean
 
@@ -42,16 +46,15 @@ def main(step_dir: Path, argv: list[str] | None = None) -> int:
 def run(session: Session) -> int:
     """Load, warm-start or resume, train, and leave a checkpoint_megatron."""
     config = session.config
-    examples, validation = load_data(session)
+    examples, validation = together(lambda: load_data(session))
     loop = LoopConfig.of(config, "sft", len(examples))
-    start = warm_start.find(config, session.architecture, step_dir=session.step_dir)
-    found = checkpoint_to_resume(session)
+    data = same_everywhere(_fingerprint(examples), what="other rows", where="data.train")
+    found = checkpoint_to_resume(session, data=data)
     progress = Progress.from_info(found[1]) if found else Progress()
-    metrics = open_metrics(session, progress.step)
-    with metrics:
+    start = find_start(session, found[1]["warm_start"] if found else None, again=False)
+    with open_metrics(session, progress.step) as metrics:
         if found and progress.step >= loop.total_steps:
-            log.info("finished already: %s holds step %d of %d", found[0], progress.step, loop.total_steps)
-            return exit_codes.FINISHED
+            return say_finished(session, found[0], progress.step, loop.total_steps, limit="sft.max_num_steps")
         log.info("%d training rows, %d steps of %d", len(examples), loop.total_steps, loop.global_batch)
         policy = new_policy(session)
         if not found:
@@ -69,7 +72,7 @@ def run(session: Session) -> int:
             stop=session.stop,
             tokenizer=session.tokenizer,
             composed=config,
-            recorded={"warm_start": start.recorded()},
+            recorded={"warm_start": start.recorded(), "data": data},
             started=session.started,
         )
         return train(setup, progress)
@@ -104,10 +107,15 @@ def load_data(session: Session) -> tuple[list[SFTExample], dict[str, list[SFTExa
     return training, validation
 
 
+def _fingerprint(examples: Sequence[SFTExample]) -> str:
+    return fingerprint(array for example in examples for array in (example.ids, example.loss_mask))
+
+
 class ConversationTask:
     """The conversations of a run: their batches, losses and validations."""
 
     metric_names: Sequence[str] = METRICS
+    advice = "lengthen policy.megatron_cfg.scheduler.lr_warmup_iters"
 
     def __init__(
         self,

@@ -19,12 +19,13 @@ from nemotron_launch.trainer.architecture import (
     inline_architecture,
     read_architecture,
 )
-from nemotron_launch.trainer.checkpoints import resolve_checkpoint, weights_dir
+from nemotron_launch.trainer.checkpoints import read_info, resolve_checkpoint, weights_dir
 from nemotron_launch.trainer.megatron import checkpoint
 from nemotron_launch.trainer.paths import hub_is_offline, is_hub_id, resolve_path
 from nemotron_launch.trainer.policy import Policy
 
 SAMPLE = 1 << 20
+PRETRAINED = "checkpointing.pretrained_checkpoint.path"
 
 
 @dataclass(frozen=True)
@@ -32,15 +33,18 @@ class WarmStart:
     """The weights before the first step.
 
     kind: "megatron" (folder of torch_dist weights), "hf" (a Hugging Face folder) or "random" (drawn from the seed).
+    named: what the config calls it. path: where that was found.
     """
 
     kind: str
+    named: str | None
     path: Path | None
     fingerprint: str
 
     def recorded(self) -> dict[str, str | None]:
         """What a checkpoint keeps of it."""
-        return {"kind": self.kind, "path": str(self.path) if self.path else None, "fingerprint": self.fingerprint}
+        path = str(self.path) if self.path else None
+        return {"kind": self.kind, "named": self.named, "path": path, "fingerprint": self.fingerprint}
 
 
 def model_folder(name: str, *, step_dir: Path | None) -> Path:
@@ -81,29 +85,93 @@ def resolve_architecture(policy: Mapping[str, Any], *, vocab_size: int, step_dir
     return inline_architecture(policy["architecture"], tokenizer_vocab_size=vocab_size)
 
 
-def find(config: Mapping[str, Any], architecture: Architecture, *, step_dir: Path | None) -> WarmStart:
-    """What the config says the run starts from.
+def find(
+    config: Mapping[str, Any],
+    architecture: Architecture,
+    *,
+    tokenizer: str,
+    drawn: str,
+    step_dir: Path | None,
+    recorded: Mapping[str, Any] | None = None,
+) -> WarmStart:
+    """What the run starts from: as `recorded` says where it goes on, else as the config says.
 
-    Raises UserError where a checkpoint is missing, is not one, or has another shape (naming the fields).
+    tokenizer: the run's, by its fingerprint. drawn: what random weights depend on. recorded: what the checkpoint that
+    the run resumes from keeps of its start; it may have moved to where the config points now, but not changed.
+    Raises UserError where a checkpoint is missing, is not one, has another shape or tokenizer, or is another one now.
     """
-    pretrained = config["checkpointing"]["pretrained_checkpoint"]
-    key = "checkpointing.pretrained_checkpoint.path"
-    if pretrained and pretrained["path"]:
-        folder = resolve_checkpoint(resolve_path(pretrained["path"], step_dir, key), where=key)
+    if recorded and recorded["named"] == _named(config) and (kept := _kept(recorded)):
+        return kept  # also where a folder of checkpoints has a newer one by now
+    start = _configured(config, architecture, tokenizer=tokenizer, drawn=drawn, step_dir=step_dir)
+    if recorded and recorded["fingerprint"] != start.fingerprint:
+        raise UserError(
+            "these are not the weights from which this run began",
+            where=str(start.path or "policy.architecture"),
+            hint=f"it began from {recorded['path'] or recorded['fingerprint']}, "
+            f"{'which is not there or has changed' if recorded['path'] else 'not from a checkpoint'}\n"
+            "restore them, or point checkpointing.pretrained_checkpoint.path (or policy.model_name) to where they are\n"
+            "to begin from these instead, give another output_dir",
+        )
+    return start
+
+
+def _kept(recorded: Mapping[str, Any]) -> WarmStart | None:
+    """The recorded start, if it still lies where it lay."""
+    if recorded["path"] is None:
+        return None
+    path = Path(recorded["path"])
+    try:
+        unchanged = _fingerprint_of(recorded["kind"], path) == recorded["fingerprint"]
+    except OSError:
+        return None
+    return WarmStart(recorded["kind"], recorded["named"], path, recorded["fingerprint"]) if unchanged else None
+
+
+def _named(config: Mapping[str, Any]) -> str | None:
+    pretrained = config["checkpointing"]["pretrained_checkpoint"] or {}
+    named: str | None = pretrained.get("path") or config["policy"]["model_name"]
+    return named
+
+
+def _configured(
+    config: Mapping[str, Any], architecture: Architecture, *, tokenizer: str, drawn: str, step_dir: Path | None
+) -> WarmStart:
+    named = _named(config)
+    if named is None:
+        return WarmStart("random", None, None, f"random weights ({drawn})")
+    if (config["checkpointing"]["pretrained_checkpoint"] or {}).get("path"):
+        folder = resolve_checkpoint(resolve_path(named, step_dir, PRETRAINED), where=PRETRAINED)
         weights = weights_dir(folder)
-        stored = read_architecture(weights.parent.parent)
-        if stored is not None and (fields := differences(stored, architecture)):
-            raise UserError(
-                "the checkpoint has another shape than the policy:",
-                where=key,
-                hint="\n".join([*fields, f"checkpoint: {folder}", "change policy.model_name or policy.architecture"]),
-            )
-        return WarmStart("megatron", weights, fingerprint_folder(weights))
-    name = config["policy"]["model_name"]
-    if name:
-        folder = model_folder(name, step_dir=step_dir)
-        return WarmStart("hf", folder, fingerprint_folder(folder, suffix=".safetensors"))
-    return WarmStart("random", None, "random")
+        _check_shape(folder, read_architecture(weights.parent.parent), architecture)
+        _check_tokenizer(folder, weights, tokenizer)
+        return WarmStart("megatron", named, weights.absolute(), _fingerprint_of("megatron", weights))
+    folder = model_folder(named, step_dir=step_dir)
+    return WarmStart("hf", named, folder.absolute(), _fingerprint_of("hf", folder))
+
+
+def _check_shape(folder: Path, stored: Architecture | None, wanted: Architecture) -> None:
+    if stored is not None and (fields := differences(stored, wanted)):
+        raise UserError(
+            "the checkpoint has another shape than the policy:",
+            where=PRETRAINED,
+            hint="\n".join([*fields, f"checkpoint: {folder}", "change policy.model_name or policy.architecture"]),
+        )
+
+
+def _check_tokenizer(folder: Path, weights: Path, wanted: str) -> None:
+    """A checkpoint that says which tokenizer it was trained with must be used with that one."""
+    if folder == weights:
+        return
+    stored = (read_info(folder) or {}).get("tokenizer")
+    if stored is not None and stored != wanted:
+        raise UserError(
+            "the checkpoint was trained with another tokenizer or chat template",
+            where=PRETRAINED,
+            hint=f"checkpoint: {folder}, tokenizer {stored[:12]}; this run's {wanted[:12]}\n"
+            f"use its own: policy.tokenizer.name={folder / 'policy' / 'tokenizer'} "
+            "policy.tokenizer.chat_template=default\n"
+            f"or, to train its weights with another on purpose, name them alone: {PRETRAINED}={weights}",
+        )
 
 
 def load(policy: Policy, start: WarmStart) -> None:
@@ -118,14 +186,8 @@ def load(policy: Policy, start: WarmStart) -> None:
         hf.load_weights(policy.gpt, policy.architecture, read, size=layout.tensor, rank=layout.tensor_rank)
 
 
-def check_unchanged(start: WarmStart, recorded: Mapping[str, Any], checkpoint_folder: Path) -> None:
-    """Refuse to resume against another reference than the run began with."""
-    if recorded["fingerprint"] != start.fingerprint:
-        raise UserError(
-            f"the weights there are not those from which {checkpoint_folder} was trained",
-            where=str(start.path or "policy.architecture"),
-            hint=f"the run began from {recorded['path'] or 'random weights'}; restore it, or start in another output_dir",
-        )
+def _fingerprint_of(kind: str, path: Path) -> str:
+    return fingerprint_folder(path, suffix=".safetensors" if kind == "hf" else "")
 
 
 def fingerprint_folder(folder: Path, *, suffix: str = "") -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nemotron_launch.errors import UserError
-from nemotron_launch.trainer.config_changes import FREE_TO_CHANGE, config_changes, refuse_config_changes
+from nemotron_launch.trainer.config_changes import FREE_TO_CHANGE, config_changes, refuse_changes
 
 OLD = {
     "output_dir": "out",
@@ -39,7 +39,6 @@ def changed(key: str, value: object) -> dict:
         ("dpo.reference_policy_kl_penalty", 0.1),
         ("policy.train_global_batch_size", 32),
         ("policy.megatron_cfg.optimizer.lr", 2e-5),
-        ("checkpointing.pretrained_checkpoint.path", "other"),
         ("policy.precision", "bfloat16"),
     ],
 )
@@ -62,9 +61,13 @@ def test_a_key_that_decides_the_result_is_named(key, value):
         ("run.make_missing", {"x": 1}),
         ("logger.wandb.project", "mine"),
         ("policy.hf_config_overrides", None),
+        # What lies there is compared, not where it lies.
+        ("checkpointing.pretrained_checkpoint.path", "other"),
+        ("data.train.data_path", "other.jsonl"),
+        ("policy.tokenizer.name", "other"),
     ],
 )
-def test_layout_and_length_may_change(key, value):
+def test_layout_length_and_places_may_change(key, value):
     assert config_changes(OLD, changed(key, value)) == []
 
 
@@ -72,12 +75,12 @@ def test_the_error_names_every_changed_key_and_the_way_out():
     new = changed("dpo.reference_policy_kl_penalty", 0.1)
     new["policy"]["train_global_batch_size"] = 32
     with pytest.raises(UserError) as error:
-        refuse_config_changes(OLD, new, checkpoint="out/checkpoints/step_50", allow=False)
+        refuse_changes(config_changes(OLD, new), checkpoint="out/checkpoints/step_50", allow=False)
     text = str(error.value)
     assert "dpo.reference_policy_kl_penalty: 0.05 there, 0.1 here" in text
     assert "policy.train_global_batch_size: 16 there, 32 here" in text
     assert "allow_config_change=true" in text
-    assert len(refuse_config_changes(OLD, new, checkpoint="…", allow=True)) == 2
+    assert len(refuse_changes(config_changes(OLD, new), checkpoint="…", allow=True)) == 2
 
 
 def test_every_free_key_of_our_own_sections_exists_in_the_schemas():
