@@ -1,8 +1,9 @@
-"""What `nemotron profiles init` writes: a profile with comments, from the few answers that it needs."""
+"""Profiles as text: the first one that `nemotron profiles init` writes, and a loaded one as YAML again."""
 
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any
 from nemotron_launch.config.tree import to_plain
 from nemotron_launch.config.yaml_files import dump
 from nemotron_launch.errors import UserError
+from nemotron_launch.job import Secret
 from nemotron_launch.profiles import Profile, load_profile
 from nemotron_launch.resources import display
 
@@ -158,11 +160,18 @@ def draft(executor: str, said: Mapping[str, Any]) -> str:
             lines += ["", f"# {line.text}"]
             continue
         set_here = line.key in values
-        text = dump({line.key: values[line.key] if set_here else line.example}).rstrip("\n").splitlines()
+        text = _lines(line.key, values[line.key] if set_here else line.example)
         if line.remark:
             text[0] += f"  # {line.remark}"
         lines += text if set_here else [f"# {one}" for one in text]
     return "\n".join(lines) + "\n"
+
+
+def _lines(key: str, value: Any) -> list[str]:
+    if isinstance(value, str) and value.splitlines() != [value]:  # a block would run into what follows it
+        escaped = (f"\\U{ord(char):08x}" if char in '"\\' or not " " <= char <= "~" else char for char in value)
+        return [f'{key}: "{"".join(escaped)}"']
+    return dump({key: value}).rstrip("\n").splitlines()
 
 
 def write(path: Path, text: str, *, force: bool) -> Profile:
@@ -185,6 +194,41 @@ def write(path: Path, text: str, *, force: bool) -> Profile:
     except OSError as error:
         raise UserError(f"cannot be written: {(error.strerror or str(error)).lower()}", where=display(path)) from None
     return profile
+
+
+def as_yaml(profile: Profile) -> str:
+    """What a profile says with all that it extends, as the YAML of a profile that extends nothing."""
+    said = {key: value for key, value in profile.data.items() if value not in (None, "", [], {})}
+    data = {"executor": profile.executor, **_escaped(said)}
+    if "mounts" in data:
+        data["mounts"] = [_mount(mount) for mount in data["mounts"]]
+    secrets = {secret.name: _secret(secret) for secret in profile.secrets}
+    if secrets or profile.public:
+        data["secrets"] = {**secrets, **dict.fromkeys(sorted(profile.public), False)}
+    config = to_plain(profile.layer)
+    if config:
+        data["config"] = config
+    return f"# {profile.name}, from {', '.join(display(path) for path in reversed(profile.files))}\n{dump(data)}"
+
+
+def _escaped(value: Any) -> Any:
+    """The value with every `${` as text, which it is now."""
+    if isinstance(value, dict):
+        return {key: _escaped(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_escaped(item) for item in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
+
+
+def _mount(mount: Mapping[str, Any]) -> dict[str, Any]:
+    read_only = {"read_only": True} if mount["read_only"] else {}
+    volume = {"from": mount["volume"]} if mount["volume"] else {}
+    return {"path": mount["source"], "mount_path": mount["target"], **volume, **read_only}
+
+
+def _secret(secret: Secret) -> dict[str, Any]:
+    named = {"env": secret.source, "reference": secret.reference, "optional": secret.optional}
+    return {key: value for key, value in named.items() if value}
 
 
 def placeholders(profile: Profile) -> list[str]:

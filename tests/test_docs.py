@@ -27,6 +27,12 @@ def test_steps_page_is_what_the_manifests_make() -> None:
     )
 
 
+def test_profiles_page_has_the_keys_of_the_schema() -> None:
+    assert (ROOT / "docs" / "profiles.md").read_text(encoding="utf-8") == load("generate_profiles").page(), (
+        "run: python docs/generate_profiles.py"
+    )
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_of_a_page_lead_to_files(page: Path) -> None:
     targets = re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text(encoding="utf-8"))

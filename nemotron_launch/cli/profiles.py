@@ -55,8 +55,10 @@ def list_profiles(profiles: Path | None, as_json: bool) -> None:
 def show(name: str, profiles: Path | None, as_json: bool) -> None:
     """Show a profile with everything that it extends, interpolations resolved. Secrets are shown by name only.
 
+    What is printed is a profile in YAML, whatever file this one comes from.
     NAME is a profile's name, or the path of its file.
     """
+    from nemotron_launch.profile_drafts import as_yaml
     from nemotron_launch.profiles import load_profile
 
     profile = load_profile(name, profiles_path=profiles)
@@ -64,7 +66,7 @@ def show(name: str, profiles: Path | None, as_json: bool) -> None:
         _print_json(_as_json(profile))
         return
     _print_warnings(profile)
-    text = _as_text(profile)
+    text = as_yaml(profile)
     if sys.stdout.isatty():
         from nemotron_launch.cli.tables import print_yaml
 
@@ -210,28 +212,6 @@ def _as_json(profile: Profile) -> dict[str, Any]:
         "secrets": [vars(secret) for secret in profile.secrets],
         "warnings": list(profile.warnings),
     }
-
-
-def _as_text(profile: Profile) -> str:
-    """What is set, as YAML, the files that it comes from as comments above it."""
-    from nemotron_launch.config.tree import to_plain
-    from nemotron_launch.config.yaml_files import dump
-    from nemotron_launch.resources import display
-
-    said = {key: value for key, value in profile.data.items() if value not in (None, "", [], {})}
-    data: dict[str, Any] = {"executor": profile.executor, **said}
-    if profile.secrets:
-        data["secrets"] = {secret.name: _secret(vars(secret)) for secret in profile.secrets}
-    config = to_plain(profile.layer)
-    if config:
-        data["config"] = config
-    head = f"# {profile.name}, from {', '.join(display(path) for path in reversed(profile.files))}\n"
-    return head + dump(data)
-
-
-def _secret(said: dict[str, Any]) -> dict[str, Any]:
-    named = {"env": said["source"], "reference": said["reference"], "optional": said["optional"]}
-    return {key: value for key, value in named.items() if value}
 
 
 def _print_warnings(profile: Profile) -> None:

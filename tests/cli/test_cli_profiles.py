@@ -14,9 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemotron_launch.profile_drafts import DRAFTS, Line, draft, write
+from nemotron_launch.config.tree import to_plain
+from nemotron_launch.profile_drafts import DRAFTS, Line, as_yaml, draft, write
 from nemotron_launch.profiles import load_profile
 from tests.conftest import Nemotron
+from tests.profile_files import LEPTON as LEPTON_TABLES
+from tests.profile_files import SLURM as SLURM_TABLES
+from tests.profile_files import env_toml
 from tests.profile_files import write as write_profiles
 from tests.step_trees import REPOSITORY
 
@@ -56,6 +60,25 @@ def test_show_prints_everything_resolved_and_secrets_by_name_only(work: Path, ne
     assert data["data"]["account"] == "ours"
     assert data["secrets"][0] == {"name": "HF_TOKEN", "source": "HF_TOKEN", "reference": "", "optional": True}
     assert "hf_abc" not in done.stdout + done.stderr + as_json.stdout
+
+
+@pytest.mark.parametrize("name", sorted({**SLURM_TABLES, **LEPTON_TABLES}.keys() - {"wandb"}))
+def test_what_show_prints_is_the_same_profile(work: Path, name: str) -> None:
+    (work / "env.toml").write_text(env_toml({**SLURM_TABLES, **LEPTON_TABLES}))
+    profile = load_profile(name, env={"USER": "ada"})
+    write_profiles(work / "shown", p=as_yaml(profile))
+    again = load_profile("shown/p.yaml", env={})
+    assert (again.data, again.secrets, again.warnings) == (profile.data, profile.secrets, ())
+    assert to_plain(again.layer) == to_plain(profile.layer)
+
+
+def test_what_show_prints_keeps_text_that_looks_like_an_interpolation(work: Path) -> None:
+    text = "executor: local\nsetup: ['echo \\${HOME} \\\\\\${X}']\nsecrets: {A_KEY: false}\nenv: {A_KEY: x}\n"
+    write_profiles(work / "profiles", p=text)
+    profile = load_profile("p", env={})
+    assert profile.data["setup"] == ["echo ${HOME} \\${X}"]
+    write_profiles(work / "shown", p=as_yaml(profile))
+    assert load_profile("shown/p.yaml", env={}).data == profile.data
 
 
 def test_check_says_all_that_is_wrong_and_ends_with_1(work: Path, nemotron: Nemotron) -> None:
