@@ -164,7 +164,9 @@ LEPTON: dict[str, dict[str, Any]] = {
         nodes=2,
         startup_commands=[f"{PIP} omegaconf"],
     ),
-    "lepton_rl_nemo_rl_rlhf": _child("lepton_rl_nemo_rl_dpo", {"RL_OUTPUT_DIR": "/mnt/x"}, nodes=4),
+    "lepton_rl_nemo_rl_rlhf": _child(
+        "lepton_rl_nemo_rl_dpo", {"RL_OUTPUT_DIR": "/mnt/lustre-shared/output/rl/rlhf"}, nodes=4
+    ),
 }
 
 

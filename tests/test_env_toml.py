@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 
+from nemotron_launch.catalog import find_config, find_step
 from nemotron_launch.errors import UserError
 from nemotron_launch.job import Secret
+from nemotron_launch.plan import compose_for, plan_job
 from nemotron_launch.profiles import list_profiles, load_profile
+from nemotron_launch.render import render
 from tests.profile_files import LEPTON, SLURM, env_toml
 
 ENV = {"USER": "ada"}
@@ -71,6 +74,18 @@ def test_every_generated_lepton_profile_loads(work: Path, name: str) -> None:
     ]
     assert (data["node_group"], data["shared_memory_mib"]) == (["lepton-node-group"], 65536)
     assert data["remote_job_dir"] == "/mnt/lustre-shared/output"  # nemo_run_dir counts only where this is not said
+
+
+@pytest.mark.parametrize("name", names({**SLURM, **LEPTON}))
+def test_every_generated_profile_compiles_with_a_step_of_ours(work: Path, name: str) -> None:
+    put(work, env_toml({**SLURM, **LEPTON}))
+    step = find_step("sft/megatron")
+    profile = load_profile(name, env=ENV)
+    composed = compose_for(step, find_config(step, "default"), [], profile, env=ENV)
+    job = plan_job(step, composed, profile)
+    rendered = render(job)
+    assert job.nodes == profile.data["nodes"]
+    assert any(file.path == rendered.main and file.text for file in rendered.files)
 
 
 def test_a_child_table_merges_variables_and_replaces_lists(work: Path) -> None:
