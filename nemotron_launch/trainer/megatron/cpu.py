@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from nemotron_launch.trainer.megatron.linear import onednn_is_faster, parallel_linear
+
 CPU = torch.device("cpu")
 # What megatron-core calls with device=… . Other names pass through untouched.
 FACTORIES = (
@@ -79,6 +81,10 @@ def prepare() -> None:
     if rng is not None:
         rng._set_cuda_rng_state = lambda state, *a, **k: torch.set_rng_state(state)  # type: ignore[attr-defined]
         rng._get_cuda_rng_state = lambda *a, **k: torch.get_rng_state()  # type: ignore[attr-defined]
+    layers = sys.modules.get("megatron.core.tensor_parallel.layers")
+    if layers is not None and onednn_is_faster():
+        layers.linear_with_frozen_weight = parallel_linear  # type: ignore[attr-defined]
+        layers.linear_with_grad_accumulation_and_async_allreduce = parallel_linear  # type: ignore[attr-defined]
     for name in ("clip_grads", "optimizer"):
         module = sys.modules.get(f"megatron.core.optimizer.{name}")
         if module is not None:  # the original insists on gradients of type torch.cuda.FloatTensor

@@ -17,6 +17,7 @@ from torch import Tensor
 from nemotron_launch.trainer.architecture import Architecture
 from nemotron_launch.trainer.megatron import cpu
 from nemotron_launch.trainer.megatron.attention import PlannedAttention
+from nemotron_launch.trainer.megatron.linear import linear
 from nemotron_launch.trainer.megatron.parallel import Layout
 
 with warnings.catch_warnings():
@@ -162,7 +163,7 @@ class TokenOutput(ColumnParallelLinear):
         else:
             hidden = copy_to_tensor_model_parallel_region(input_, group=group)
         hidden_NH = hidden.flatten(0, 1).index_select(0, self.wanted_N)
-        return F.linear(hidden_NH, self.weight if weight is None else weight).unsqueeze(1), None
+        return linear(hidden_NH, self.weight if weight is None else weight).unsqueeze(1), None
 
 
 def unwrap(model: torch.nn.Module) -> GPTModel:
