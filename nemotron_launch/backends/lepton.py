@@ -11,7 +11,6 @@ import posixpath
 import re
 from base64 import b64encode
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from nemotron_launch.backends import services
 from nemotron_launch.config.schema import load_schema
 from nemotron_launch.config.validation import check
 from nemotron_launch.errors import UserError
+from nemotron_launch.frozen import frozen
 from nemotron_launch.job import File, Job, Mount, Secret
 from nemotron_launch.profiles import seconds
 from nemotron_launch.render import Rendered, fill, fill_own, setup_file
@@ -37,6 +37,7 @@ LARGEST_ENVIRONMENT = (2 << 20) - (256 << 10)
 PART = 96 << 10  # characters of base64 in one variable
 _TIME = "04:00:00"
 _SAVE_AHEAD = 300  # seconds
+_BEACON_PERIOD = 10  # seconds
 _KILL_AFTER = 30  # seconds, what Kubernetes gives too
 _TTL = 86400  # seconds
 _START_TIMEOUT = 1800  # seconds
@@ -54,7 +55,7 @@ _PRIORITY = re.compile(r"(?:(low|mid|high)-)?([1-9])(?:000)?")
 _REWRITTEN = re.compile(r"\$(?=[$(])")
 
 
-@dataclass(frozen=True)
+@frozen
 class Inline:
     """A file that the spec carries: base64 in the variables `<variable>_0` to `<variable>_<parts - 1>`.
 
@@ -301,7 +302,7 @@ def _inline(file: File, variable: str) -> Inline:
 
 def _parts(variable: str, content: bytes) -> tuple[int, tuple[tuple[str, str], ...]]:
     text = b64encode(content).decode()
-    cut = [text[start : start + PART] for start in range(0, len(text), PART)]
+    cut = [text[start : start + PART] for start in range(0, len(text), PART)] or [""]
     return len(cut), tuple((f"{variable}_{n}", part) for n, part in enumerate(cut))
 
 
@@ -353,7 +354,7 @@ def _command(job: Job, inline: Sequence[Inline], bundle_parts: int, exports: Seq
         "serving_nodes": services.replicas(job) - job.nodes,
         "services": services.place(job, word, _RESERVED),
         "beacon_port": BEACON_PORT,
-        "beacon_period": 10,
+        "beacon_period": _BEACON_PERIOD,
         "master_port": MASTER_PORT,
         "start_timeout": int(job.options.get("start_timeout") or _START_TIMEOUT),
         "inline": inline,
