@@ -10,12 +10,14 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 
+from nemotron_launch import cache
 from nemotron_launch.catalog import Step
 from nemotron_launch.errors import UserError
+from nemotron_launch.frozen import frozen
 from nemotron_launch.job import Bundle
 from nemotron_launch.resources import display, steps_dir
 
@@ -31,7 +33,7 @@ _SKIPPED_FOLDERS = frozenset(("__pycache__", "_bundled", "node_modules", "venv",
 _SKIPPED_ENDS = (".pyc", ".pyo", ".egg-info", "~", ".swp", ".tmp")
 
 
-@dataclass(frozen=True)
+@frozen
 class Entry:
     """A file of the bundle: its name there, where it lies here, and what tells whether it has changed."""
 
@@ -52,12 +54,14 @@ def bundle(step: Step, code: Sequence[str] = ()) -> Bundle:
     """
     entries = collect(step, code)
     checkout = _checkout(step)
-    known = _cache() / f"{_signature(entries, checkout)}.json"
-    with suppress(OSError, ValueError, TypeError):
-        found = Bundle(**json.loads(known.read_text(encoding="utf-8")))
-        if known.with_name(found.file).stat().st_size == found.size:
-            return found
-    return _build(entries, checkout, known)[0]
+    kept = cache.folder("bundles")
+    known = kept / f"{_signature(entries, checkout)}.json" if kept else None
+    if known:
+        with suppress(OSError, ValueError, TypeError):
+            found = Bundle(**json.loads(known.read_text(encoding="utf-8")))
+            if known.with_name(found.file).stat().st_size == found.size:
+                return found
+    return _build(entries, checkout, known)
 
 
 def read(made: Bundle) -> bytes:
@@ -66,7 +70,8 @@ def read(made: Bundle) -> bytes:
         return b""
     if made.file in _unstored:
         return _unstored[made.file]
-    path = _cache() / made.file
+    kept = cache.folder("bundles")
+    path = kept / made.file if kept else Path(made.file)
     with suppress(OSError):
         packed = path.read_bytes()
         if sha256(packed).hexdigest() == made.sha256:
@@ -160,8 +165,8 @@ def _mib(size: int) -> str:
 # Archive and cache -------------------------------------------------------------------------------------------------
 
 
-def _build(entries: Sequence[Entry], checkout: Path | None, known: Path) -> tuple[Bundle, bytes]:
-    """Pack, describe, and remember both."""
+def _build(entries: Sequence[Entry], checkout: Path | None, known: Path | None) -> Bundle:
+    """Pack, describe, and keep both."""
     import gzip
     import io
 
@@ -172,16 +177,12 @@ def _build(entries: Sequence[Entry], checkout: Path | None, known: Path) -> tupl
     with gzip.GzipFile(filename="", mode="wb", compresslevel=9, fileobj=packed, mtime=0) as stream:
         stream.write(content)
     data = packed.getvalue()
-    revision, dirty = _revision(checkout, entries)
-    made = Bundle(name, sha256(data).hexdigest(), len(data), revision, dirty)
-    try:
-        known.parent.mkdir(parents=True, exist_ok=True)
-        _write(known.with_name(made.file), data)
-        _write(known, json.dumps(asdict(made)).encode())
+    made = Bundle(name, sha256(data).hexdigest(), len(data), *_revision(checkout, entries))
+    if known and cache.write(known.with_name(name), data) and cache.write(known, json.dumps(asdict(made)).encode()):
         _prune(known.parent)
-    except OSError:  # only slower then
-        _unstored[made.file] = data
-    return made, data
+    else:
+        _unstored[name] = data
+    return made
 
 
 def _tar(entries: Sequence[Entry]) -> bytes:
@@ -203,27 +204,16 @@ def _tar(entries: Sequence[Entry]) -> bytes:
     return out.getvalue()
 
 
-def _cache() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(base) / "nemotron" / "bundles"
-
-
 def _signature(entries: Sequence[Entry], checkout: Path | None) -> str:
     stamps = [(entry.name, entry.path, entry.executable, entry.stamp) for entry in entries]
     return sha256(repr((_FORMAT, stamps, _git_stamp(checkout))).encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
 
-def _write(path: Path, data: bytes) -> None:
-    """Whole or not at all: several commands may run at once."""
-    passing = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    passing.write_bytes(data)
-    passing.replace(path)
-
-
 def _prune(folder: Path) -> None:
-    found = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime_ns, reverse=True)
-    for old in found[2 * _KEPT :]:
-        old.unlink(missing_ok=True)
+    with suppress(OSError):
+        found = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+        for old in found[2 * _KEPT :]:
+            old.unlink(missing_ok=True)
 
 
 # Git ---------------------------------------------------------------------------------------------------------------

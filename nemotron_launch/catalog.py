@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from nemotron_launch.config.yaml_files import load_plain, load_tree
 from nemotron_launch.errors import UserError
+from nemotron_launch.frozen import field, frozen
 from nemotron_launch.resources import display, steps_dir
 
 
-@dataclass(frozen=True)
+@frozen
 class ArtifactType:
     """A kind of artifact. `is_a` names the more general type as which it may be consumed."""
 
@@ -22,7 +23,7 @@ class ArtifactType:
     convert_to: dict[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@frozen
 class Port:
     """An artifact that a step consumes or produces, bound to the config key that holds its path."""
 
@@ -32,7 +33,7 @@ class Port:
     description: str
 
 
-@dataclass(frozen=True)
+@frozen
 class Parameter:
     """A config key that people change often. `default` is None where the manifest gives none."""
 
@@ -42,7 +43,7 @@ class Parameter:
     choices: tuple[Any, ...] = ()
 
 
-@dataclass(frozen=True)
+@frozen
 class Strategy:
     """What to do in which situation."""
 
@@ -50,7 +51,7 @@ class Strategy:
     then: str
 
 
-@dataclass(frozen=True)
+@frozen
 class KnownError:
     """Something that goes wrong, and how to recover."""
 
@@ -59,7 +60,7 @@ class KnownError:
     recovery: str
 
 
-@dataclass(frozen=True)
+@frozen
 class Entry:
     """What a step runs. launch: "processes" (one per GPU) or "python"; passthrough: its options after `--`."""
 
@@ -68,7 +69,7 @@ class Entry:
     passthrough: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
+@frozen
 class Step:
     """A step's manifest. `folder` is where it lies. trains: False where it can be compiled but not run; note: why."""
 
@@ -174,8 +175,12 @@ def load_artifacts(root: Path | None = None) -> dict[str, ArtifactType]:
 
 def find_step(text: str, steps: Iterable[Step] | None = None) -> Step:
     """The step with this id, or the only one whose id ends in it. UserError with suggestions where there is none."""
-    known = {step.id: step for step in (load_steps() if steps is None else steps)}
     wanted = text.strip("/")
+    if steps is None and wanted and (direct := steps_dir() / wanted / "step.yaml").is_file():
+        step = _load_step(direct, steps_dir())
+        if step.id == wanted:  # as it should be: the others need not be read
+            return step
+    known = {step.id: step for step in (load_steps() if steps is None else steps)}
     if wanted in known:
         return known[wanted]
     tails = [name for name in known if name.endswith("/" + wanted)] if wanted else []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ from nemotron_launch import bundle, crosschecks
 from nemotron_launch.catalog import Step
 from nemotron_launch.config.compose import Composed
 from nemotron_launch.errors import UserError
+from nemotron_launch.frozen import frozen
 from nemotron_launch.job import Job
 from nemotron_launch.plan import HERE, Origin, compose_for, plan_job
 from nemotron_launch.render import Rendered, render
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from nemotron_launch.profiles import Profile
 
 
-@dataclass(frozen=True)
+@frozen
 class Compiled:
     """A job with what it was made of and what it becomes. warnings: what will run, but perhaps not as it was meant."""
 

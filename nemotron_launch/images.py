@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import dataclass
 
 from nemotron_launch.errors import UserError
+from nemotron_launch.frozen import frozen
 from nemotron_launch.quoting import path
 
 _SCHEME = re.compile(r"(docker|dockerd|podman|docker-archive|oci-archive|oci):(?://)?(.+)", re.DOTALL)
@@ -15,7 +15,7 @@ _REFERENCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:@#+-]*")
 _LONGEST = 200  # characters of a file name; file systems stop at 255
 
 
-@dataclass(frozen=True)
+@frozen
 class Image:
     """A container image. uri: what enroot imports; empty for one that is a file or a folder already: then path."""
 

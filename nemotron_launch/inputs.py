@@ -5,13 +5,13 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemotron_launch.catalog import Step, find_config, find_step, is_a, load_artifacts, load_steps
 from nemotron_launch.config.compose import Composed
 from nemotron_launch.errors import UserError
+from nemotron_launch.frozen import frozen
 from nemotron_launch.job import Artifact, Job
 from nemotron_launch.plan import compose_for, new_run_id, plan_job
 from nemotron_launch.trainer.checkpoints import resolve_checkpoint
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
 
 
-@dataclass(frozen=True)
+@frozen
 class Stage:
     """One job of what a command has to run. `why` is empty for the step that was asked for."""
 

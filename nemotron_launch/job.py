@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from nemotron_launch.frozen import field, frozen
 
 Executor = Literal["local", "slurm", "lepton"]
 
 
-@dataclass(frozen=True)
+@frozen
 class File:
     """A file to place in the run's folder before the command starts. `path` is relative to that folder."""
 
@@ -18,7 +19,7 @@ class File:
     mode: int = 0o600
 
 
-@dataclass(frozen=True)
+@frozen
 class Artifact:
     """An artifact of a job: its type, the config key that binds it, and the path or name that the key holds."""
 
@@ -28,7 +29,7 @@ class Artifact:
     value: Any
 
 
-@dataclass(frozen=True)
+@frozen
 class Mount:
     """A folder that the job sees. source: on the node, or Lepton's `node-…` volume path; target: inside the container.
 
@@ -41,7 +42,7 @@ class Mount:
     volume: str = ""
 
 
-@dataclass(frozen=True)
+@frozen
 class Container:
     """What the processes run in. runtime: pyxis or charliecloud (Slurm), lepton, or none for the node's own Python."""
 
@@ -51,7 +52,7 @@ class Container:
     python: str = "python3"
 
 
-@dataclass(frozen=True)
+@frozen
 class Secret:
     """An environment variable whose value stays out of every file that is shown. Only its name is known here.
 
@@ -65,7 +66,7 @@ class Secret:
     optional: bool = False
 
 
-@dataclass(frozen=True)
+@frozen
 class Service:
     """A server that the trainer needs: started before it, stopped with it; its death ends the attempt.
 
@@ -85,7 +86,7 @@ class Service:
     env: Mapping[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@frozen
 class Restart:
     """How an attempt that ended early goes on. resume_code: the trainer's "saved, resume me"."""
 
@@ -93,7 +94,7 @@ class Restart:
     resume_code: int = 85
 
 
-@dataclass(frozen=True)
+@frozen
 class Bundle:
     """The code that travels, and where it came from.
 
@@ -107,7 +108,7 @@ class Bundle:
     git_dirty: bool = False
 
 
-@dataclass(frozen=True)
+@frozen
 class Job:
     """One run, described completely.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from nemotron_launch.config.overrides import dump_value
 from nemotron_launch.config.tree import to_plain
 from nemotron_launch.config.yaml_files import parse_tree
 from nemotron_launch.errors import UserError
+from nemotron_launch.frozen import frozen
 from nemotron_launch.matrix import diff_files, read_folder
 
 CONFIG = "config.yaml"
@@ -21,7 +21,7 @@ CONFIG = "config.yaml"
 _RUN_ID = re.compile(r"nemotron:([a-z0-9-]+)|NEMOTRON_RUN_ID(?:\",\s*\"value\": \"|=)([a-z0-9-]+)")
 
 
-@dataclass(frozen=True)
+@frozen
 class Side:
     """One of two jobs: what it is called, its config as flat keys, its other files."""
 

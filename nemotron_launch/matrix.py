@@ -12,13 +12,14 @@ import shutil
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from nemotron_launch import bundle
 from nemotron_launch.catalog import Step, find_config, load_steps
 from nemotron_launch.compiler import Compiled, compile_job
 from nemotron_launch.errors import UserError
+from nemotron_launch.frozen import frozen, replace
 from nemotron_launch.job import File
 from nemotron_launch.plan import Origin, compose_for
 from nemotron_launch.profiles import Profile, list_profiles, load_profile
@@ -30,7 +31,7 @@ _LONGEST_LINE = 200
 NEUTRAL = Origin(python="python3", steps="steps", bundle=lambda step, code: bundle.PLACEHOLDER)
 
 
-@dataclass(frozen=True)
+@frozen
 class Case:
     """One cell of the matrix. named: the profile was asked for, so that it must fit."""
 
@@ -45,7 +46,7 @@ class Case:
         return f"{self.step.id.replace('/', '_')}-{self.config.stem}-{Path(self.profile).stem}"
 
 
-@dataclass(frozen=True)
+@frozen
 class Result:
     """What came of a case. problems: why it does not compile or what is wrong with its files; diff: old and new."""
 

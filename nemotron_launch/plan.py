@@ -9,7 +9,6 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -23,7 +22,9 @@ from nemotron_launch.config.schema import knows, load_schema
 from nemotron_launch.config.tree import DEFAULT, Node, Source, drop, from_plain
 from nemotron_launch.config.validation import Problem
 from nemotron_launch.config.yaml_files import dump
+from nemotron_launch.crosschecks import covers
 from nemotron_launch.errors import UserError
+from nemotron_launch.frozen import frozen, replace
 from nemotron_launch.job import Artifact, Bundle, Container, Executor, File, Job, Mount, Restart, Secret, Service
 from nemotron_launch.secret_names import GuardedEnvironment
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 RUNS = ".nemotron/runs"  # where runs on this machine have their folders
 LONGEST_RUN_ID = 60
+_NO_ID = "run-id-to-come"
 # What the config's `run` section and a profile can both say. The profile's goes over the config's.
 _SHARED = ("time", "image", "python", "env", "mounts", "setup", "services", "max_restarts", "start_timeout")
 _CLUSTER = {"nodes": "num_nodes", "gpus_per_node": "gpus_per_node", "procs_per_node": "procs_per_node"}
@@ -41,7 +43,7 @@ _PLACED = frozenset(
 )
 
 
-@dataclass(frozen=True)
+@frozen
 class Origin:
     """What a job takes from the machine that compiles it. `steps check` puts in what is the same everywhere.
 
@@ -87,11 +89,11 @@ def plan_job(
     """
     check_sizes(step, composed)
     check_passthrough(step, passthrough)
-    job = _job(step, composed, profile, passthrough, run_id or "", attached, origin)
-    if run_id is None:
-        job = _job(step, composed, profile, passthrough, _content_id(job), attached, origin)
-    else:
+    if run_id is not None:
         check_run_id(run_id)
+    job = _job(step, composed, profile, passthrough, run_id or _NO_ID, attached, origin)
+    if run_id is None:
+        job = _named(job, _content_id(job))
     crosschecks.check(job, step, composed, profile)
     return job
 
@@ -275,6 +277,17 @@ def _job(
         template_from_cwd=bool(template) and _below_cwd(Path(template)),
         profile_from_cwd=profile.from_cwd if profile else False,
     )
+
+
+def _named(job: Job, run_id: str) -> Job:
+    """The job under its id, which until now has been _NO_ID."""
+    run_dir = posixpath.join(posixpath.dirname(job.run_dir), run_id)
+
+    def moved(text: str) -> str:
+        return run_dir + text.removeprefix(job.run_dir) if covers(job.run_dir, text) else text
+
+    command = tuple(moved(word) if _NO_ID in word else word for word in job.command)
+    return replace(job, run_id=run_id, run_dir=run_dir, output_dir=moved(job.output_dir), command=command)
 
 
 def _bind(port: Port, composed: Composed) -> Artifact:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from nemotron_launch import env_toml
@@ -11,12 +10,13 @@ from nemotron_launch.config.schema import Schema, aliases, load_schema
 from nemotron_launch.config.tree import Node
 from nemotron_launch.config.yaml_files import load_tree
 from nemotron_launch.errors import UserError
+from nemotron_launch.frozen import frozen
 from nemotron_launch.resources import display, profiles_dir
 
 SUFFIXES = (".yaml", ".yml")
 
 
-@dataclass(frozen=True)
+@frozen
 class Place:
     """A folder of profiles, one profile's file, or an env.toml ("toml"). rank: 0 is looked into first."""
 
@@ -27,7 +27,7 @@ class Place:
     shipped: bool = False
 
 
-@dataclass(frozen=True)
+@frozen
 class Layer:
     """One profile as written. body: its keys under their own names, without `extends`; parents: what that names."""
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from nemotron_launch.config import tree
 from nemotron_launch.config.tree import Node
 from nemotron_launch.config.validation import Problem
+from nemotron_launch.frozen import frozen
 from nemotron_launch.job import Secret
 from nemotron_launch.secret_names import is_secret_name
 
@@ -18,7 +18,7 @@ _MENTION = re.compile(r"oc\.env\s*:\s*['\"]?([A-Za-z_]\w*)")
 _NOTHING = ("", "''", '""', "null")
 
 
-@dataclass(frozen=True)
+@frozen
 class Secrets:
     """What `secrets:` and `env:` say of secrets.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from nemotron_launch.config.schema import fill
 from nemotron_launch.config.tree import Node
 from nemotron_launch.config.validation import Problem, check
 from nemotron_launch.errors import UserError
+from nemotron_launch.frozen import field, frozen
 from nemotron_launch.job import Executor, Secret
 from nemotron_launch.profile_files import Layer, executor_schemas
 from nemotron_launch.profile_secrets import Secrets, take_secrets
@@ -43,7 +43,7 @@ _EXAMPLES = {
 }
 
 
-@dataclass(frozen=True)
+@frozen
 class Profile:
     """A profile, ready for use.
 
@@ -76,7 +76,7 @@ class Profile:
         return UserError(f"profile {self.name}: {message}", where=self.where(key), hint=hint)
 
 
-@dataclass(frozen=True)
+@frozen
 class ProfileEntry:
     """A profile as it is listed, nothing of it resolved. problem: why its executor cannot be told; else empty."""
 

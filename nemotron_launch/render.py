@@ -6,9 +6,10 @@ ones by their names (`{% extends "slurm/job.sbatch.j2" %}`) and what lies beside
 
 from __future__ import annotations
 
+import sys
 import traceback
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import suppress
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -16,13 +17,15 @@ from typing import Any
 
 import jinja2
 
+from nemotron_launch.cache import folder as cache_folder
 from nemotron_launch.errors import UserError
+from nemotron_launch.frozen import frozen
 from nemotron_launch.job import File, Job
 from nemotron_launch.quoting import FILTERS, sh
 from nemotron_launch.resources import display, templates_dir
 
 
-@dataclass(frozen=True)
+@frozen
 class Rendered:
     """What a job becomes. main: the file that is submitted; files: all text files of the run's folder, main first."""
 
@@ -62,7 +65,29 @@ def setup_file(job: Job) -> File:
 
 @cache
 def _shipped() -> jinja2.Environment:
-    return _with_filters(jinja2.Environment(loader=jinja2.FileSystemLoader(templates_dir()), **_STYLE))
+    loader = jinja2.FileSystemLoader(templates_dir())
+    return _with_filters(jinja2.Environment(loader=loader, bytecode_cache=_compiled_templates(), **_STYLE))
+
+
+def _compiled_templates() -> jinja2.BytecodeCache | None:
+    """Compiling the templates costs more than all the rest of a dry run: what Jinja made of them is kept."""
+    version = Path(jinja2.__file__).stat().st_mtime_ns
+    folder = cache_folder(f"templates-{sys.version_info[0]}.{sys.version_info[1]}-{version}")
+    return _TemplateCache(str(folder)) if folder else None
+
+
+class _TemplateCache(jinja2.FileSystemBytecodeCache):
+    """A full disk or a broken file makes a dry run slower, nothing else."""
+
+    def load_bytecode(self, bucket: jinja2.bccache.Bucket) -> None:
+        try:
+            super().load_bytecode(bucket)
+        except Exception:  # whatever a broken pickle may raise
+            bucket.reset()
+
+    def dump_bytecode(self, bucket: jinja2.bccache.Bucket) -> None:
+        with suppress(OSError):
+            super().dump_bytecode(bucket)
 
 
 def _sandbox(folder: Path) -> jinja2.Environment:

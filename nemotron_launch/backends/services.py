@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 
 from nemotron_launch import quoting
 from nemotron_launch.errors import UserError
+from nemotron_launch.frozen import frozen
 from nemotron_launch.job import Job, Service
 
 
-@dataclass(frozen=True)
+@frozen
 class Placed:
     """A service as the command needs it, all of it text of a shell. here: whether this node starts it."""
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 import posixpath
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nemotron_launch import images, quoting
 from nemotron_launch.errors import UserError
+from nemotron_launch.frozen import frozen
 from nemotron_launch.job import File, Job, Mount, Service
 from nemotron_launch.quoting import sbatch, sh, sh_words
 from nemotron_launch.render import Rendered, fill, fill_own
@@ -36,7 +36,7 @@ _OWN_OPTIONS = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
+@frozen
 class _Step:
     """An srun step, as the template prints it: options one a line, words quoted."""
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
+
+from nemotron_launch.frozen import frozen
 
 _MUST_SAVE_BY = re.compile(r"\d+:([01]?\d|2[0-3]):[0-5]?\d:[0-5]?\d")
 
 
-@dataclass(frozen=True)
+@frozen
 class Problem:
     """One thing that is wrong: at which config key, what, and what to do about it."""
 

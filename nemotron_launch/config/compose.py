@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,11 @@ from nemotron_launch.config.tree import COMMAND_LINE, DEFAULT, Node, Source
 from nemotron_launch.config.validation import Problem, check
 from nemotron_launch.config.yaml_files import load_tree
 from nemotron_launch.errors import UserError
+from nemotron_launch.frozen import frozen
 from nemotron_launch.resources import display
 
 
-@dataclass(frozen=True)
+@frozen
 class Provenance:
     """Where each value of a composed config was written."""
 
@@ -34,7 +34,7 @@ class Provenance:
         return tree.nearest(self.root, path).source
 
 
-@dataclass(frozen=True)
+@frozen
 class Composed:
     """A config with every layer applied and every interpolation resolved: plain dicts, lists and scalars."""
 

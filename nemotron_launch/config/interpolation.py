@@ -10,7 +10,6 @@ import functools
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from nemotron_launch.config.overrides import interpolation_end, parse_arguments, parse_value
@@ -82,12 +81,10 @@ def _pieces(text: str) -> tuple[tuple[bool, str], ...]:
     return tuple(pieces)
 
 
-@dataclass
 class _Resolver:
-    root: Node
-    env: Mapping[str, str]
-
-    def __post_init__(self) -> None:
+    def __init__(self, root: Node, env: Mapping[str, str]) -> None:
+        self.root = root
+        self.env = env
         self.known: dict[Path, Any] = {}
         self.open: dict[Path, None] = {}
         self.problems: list[Problem] = []

@@ -7,10 +7,10 @@ and functions (`a=1,2`, `choice(1,2)`) would mean is refused rather than read as
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
 from nemotron_launch.errors import UserError
+from nemotron_launch.frozen import frozen
 
 _INT = re.compile(r"[+-]?(?:0|[1-9](?:_?[0-9])*)\Z")
 _FLOAT = re.compile(
@@ -25,7 +25,7 @@ Operation = Literal["set", "add", "force", "delete"]
 _MARK: dict[Operation, str] = {"set": "", "add": "+", "force": "++", "delete": "~"}
 
 
-@dataclass(frozen=True)
+@frozen
 class Override:
     """One override. `path` has one entry per key or list index, as text. `has_value` is false for a bare `~a.b`."""
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from nemotron_launch.config import tree
 from nemotron_launch.config.tree import DEFAULT, Node
 from nemotron_launch.errors import UserError
+from nemotron_launch.frozen import field, frozen
 from nemotron_launch.resources import display
 
 _KEYWORDS = frozenset(
@@ -32,14 +32,14 @@ _KEYWORDS = frozenset(
 _ABSENT: Any = object()
 
 
-@dataclass(frozen=True)
+@frozen
 class Schema:
     """A schema file with every `$ref` replaced by what it names."""
 
     path: Path
     tree: dict[str, Any]
-    filled: dict[int, Node | None] = field(default_factory=dict, repr=False, compare=False)
-    aliases: list[tuple[tuple[str, ...], tuple[str, ...]]] = field(default_factory=list, repr=False, compare=False)
+    filled: dict[int, Node | None] = field(default_factory=dict, repr=False)
+    aliases: list[tuple[tuple[str, ...], tuple[str, ...]]] = field(default_factory=list, repr=False)
 
 
 _loaded: dict[Path, tuple[dict[Path, int], Schema]] = {}

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import dataclass
 from typing import Any
 
 from nemotron_launch.config import tree
 from nemotron_launch.config.overrides import parse_value
 from nemotron_launch.config.schema import Schema, known_paths, suggest
 from nemotron_launch.errors import UserError
+from nemotron_launch.frozen import frozen
 
 _KIND = {
     "integer": "a whole number",
@@ -24,7 +24,7 @@ _KIND = {
 }
 
 
-@dataclass(frozen=True)
+@frozen
 class Problem:
     """One thing that is wrong with a config. `path` is the key; for a missing key, the mapping that lacks it."""
 
