@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
+import json
 import re
 import sys
-import tarfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nemotron_launch import bundle
 from nemotron_launch.backends.slurm import SECRETS, secrets_text
-from nemotron_launch.job import Bundle, File, Job, Restart, Secret, Service
+from nemotron_launch.catalog import find_config, find_step
+from nemotron_launch.job import File, Job, Restart, Secret, Service
+from nemotron_launch.plan import compose_for, plan_job
+from nemotron_launch.profiles import load_profile
 from nemotron_launch.render import Rendered, render
 from tests.slurm.cluster import Cluster
-
-ROOT = Path(__file__).resolve().parent.parent.parent
 
 # A trainer that needs no torch: `body` runs after these lines.
 TRAINER = '''
@@ -141,9 +142,17 @@ def place(rendered: Rendered, folder: Path) -> None:
         path.write_bytes(file.text.encode())
 
 
-def code_bundle(file: Path) -> Bundle:
-    """The package and the steps of this checkout, packed for a run."""
-    with tarfile.open(file, "w:gz", compresslevel=1) as packed:
-        for name in ("nemotron_launch", "steps"):
-            packed.add(ROOT / name, name, filter=lambda info: None if "__pycache__" in info.name else info)
-    return Bundle(file.name, hashlib.sha256(file.read_bytes()).hexdigest(), file.stat().st_size)
+def planned_run(cluster: Cluster, folder: Path, step: str, config: str, overrides: Sequence[str], **profile: Any) -> Run:
+    """A step of ours compiled for this cluster, all the way from config and profile, without a container."""
+    found = find_step(step)
+    keys = {"executor": "slurm", "runtime": "none", "python": sys.executable, "mem": 2000, "time": 10, **profile}
+    file = folder / "test.yaml"
+    file.write_text(json.dumps({"remote_job_dir": str(folder / "jobs"), **keys}))
+    loaded = load_profile(str(file))
+    composed = compose_for(found, find_config(found, config), overrides, loaded)
+    job = plan_job(found, composed, loaded, run_id="planned", attached=False)
+    rendered = render(job)
+    place(rendered, Path(job.run_dir))
+    assert job.bundle
+    Path(job.run_dir, job.bundle.file).write_bytes(bundle.read(job.bundle))
+    return Run(cluster, job, rendered, Path(job.run_dir))
