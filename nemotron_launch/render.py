@@ -7,7 +7,6 @@ ones by their names (`{% extends "slurm/job.sbatch.j2" %}`) and what lies beside
 from __future__ import annotations
 
 import sys
-import traceback
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import cache
@@ -134,6 +133,8 @@ def _run(environment: jinja2.Environment, name: str, values: Mapping[str, Any]) 
 
 def _line(error: Exception, environment: jinja2.Environment, name: str) -> str:
     """The innermost line of a template that the error passed through: Jinja puts them into the traceback."""
+    import traceback
+
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         if frame.filename.endswith(".j2") or Path(frame.filename).name == name:
             return _place(frame.filename, frame.lineno)

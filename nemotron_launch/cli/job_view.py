@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 from pathlib import Path
 
@@ -43,6 +42,8 @@ def _print_bytes(text: str) -> None:
 
 
 def _write(compiled: Compiled, folder: Path) -> None:
+    import shlex
+
     written = write_to(compiled, folder)
     job = compiled.job
     click.echo(f"wrote {len(written)} files to {display(folder)}", err=True)
@@ -71,6 +72,8 @@ def _print_summary(compiled: Compiled) -> None:
 
 
 def _facts(compiled: Compiled) -> list[tuple[str, str]]:
+    import shlex
+
     job, composed, profile = compiled.job, compiled.composed, compiled.profile
     facts = [
         ("run", job.run_id),

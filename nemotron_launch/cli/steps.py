@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
-from click.shell_completion import CompletionItem
 
 from nemotron_launch.catalog import Step, find_config, find_step, load_artifacts, load_steps, select
 from nemotron_launch.cli.main import LazyGroup
 from nemotron_launch.errors import UserError
 
 if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
     from nemotron_launch.job import Job
     from nemotron_launch.profiles import Profile
 
@@ -36,6 +37,8 @@ def complete(what: str) -> Any:
     """Completion for ids, configs, profiles, artifact types, categories and tags. Silent where something is broken."""
 
     def candidates(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        from click.shell_completion import CompletionItem
+
         try:
             names = _candidates(what, ctx)
         except UserError:
@@ -108,6 +111,9 @@ def show(step_id: str, as_json: bool) -> None:
     print_step(step)
 
 
+_LONG = {"-c": "--config", "-r": "--run", "-b": "--batch", "-d": "--dry-run"}
+
+
 class _RunCommand(click.Command):
     """Remembers where `--` stood: what follows it is the step's, whatever it looks like."""
 
@@ -115,7 +121,8 @@ class _RunCommand(click.Command):
         split = args.index("--") if "--" in args else len(args)
         ctx.meta["nemotron.words"] = tuple(args)
         ctx.meta["nemotron.passthrough"] = tuple(args[split + 1 :])
-        return super().parse_args(ctx, args[:split])
+        # Click looks for a long option like each short one, with suggestions, before it takes the short one.
+        return super().parse_args(ctx, [_LONG.get(word, word) for word in args[:split]])
 
     def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
         return ["ID", "[-c CONFIG]", "[-r PROFILE | -b PROFILE]", "[-d]", "[KEY=VALUE]...", "[-- ARGUMENT...]"]

@@ -1,57 +1,72 @@
-"""Reading and writing YAML: every value with its line, one clear message for everything that can be wrong in a file."""
+"""Reading and writing YAML: every value with its line, one clear message for everything that can be wrong in a file.
+
+Importing PyYAML costs as much as composing ten configs. So what was read from a file is kept in the user's cache until
+the file changes, and data that is plain words and numbers is written here; the rest goes to yaml_reader.
+"""
 
 from __future__ import annotations
 
+import json
 import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from nemotron_launch import cache
 from nemotron_launch.config.tree import Node, Source
 from nemotron_launch.errors import UserError
 from nemotron_launch.resources import display
 
-_LoaderBase: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-_DumperBase: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
-# YAML 1.1 reads 1e-6 as text, which OmegaConf and so NeMo-RL's configs do not, and 04:00:00 as a number in base 60.
-_FLOAT = re.compile(
-    r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+|\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?"
-    r"|\.(?:inf|Inf|INF))\Z|\.(?:nan|NaN|NAN)\Z"
-)
-_INT = re.compile(r"[-+]?(?:0b[01_]+|0[0-7_]+|0|[1-9][0-9_]*|0x[0-9a-fA-F_]+)\Z")
-_NUMBERS = ("tag:yaml.org,2002:float", "tag:yaml.org,2002:int")
-_DEEPEST = 400
-_LARGEST = 200_000  # values in one file; more is an alias bomb
-
-
-def _resolvers(base: Any, gone: tuple[str, ...]) -> dict[str, list[tuple[str, re.Pattern[str]]]]:
-    table = {
-        char: [(tag, pattern) for tag, pattern in pairs if tag not in gone]
-        for char, pairs in base.yaml_implicit_resolvers.items()
-    }
-    for tag, pattern, chars in ((_NUMBERS[0], _FLOAT, "-+.0123456789"), (_NUMBERS[1], _INT, "-+0123456789")):
-        for char in chars:
-            table.setdefault(char, []).append((tag, pattern))
-    return table
-
-
-class _Loader(_LoaderBase):
-    yaml_implicit_resolvers = _resolvers(_LoaderBase, (*_NUMBERS, "tag:yaml.org,2002:timestamp"))
-
-
-class _Dumper(_DumperBase):
-    # Text that any of the dialects would read as something else is quoted.
-    yaml_implicit_resolvers = _resolvers(_DumperBase, ())
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
+_FORMAT = 1  # a new number forgets what older versions have kept
+_SETTLED = 2.0  # seconds after which a change can no longer hide behind an equal time stamp
+# Words that PyYAML writes without quotes and every reader takes for text, unless they are in _NOT_TEXT.
+_PLAIN = re.compile(r"(?:[A-Za-z_/]|\./)[\w./@+-]*(?:(?: |:)[\w./@+-]+)*", re.ASCII)
+_NOT_TEXT = frozenset(("y", "n", "yes", "no", "on", "off", "true", "false", "null"))
 
 
 def load_tree(path: Path, name: str = "config") -> Node:
     """Read a YAML mapping with the line of every key. UserError: unreadable, bad YAML, a duplicate key, no mapping."""
     shown = display(path)
-    return parse_tree(_read(path, name), shown)
+    return _kept(
+        path,
+        "tree",
+        lambda: parse_tree(_read(path, name), shown),
+        encode=_encode,
+        decode=lambda data: _decode(data, shown),
+    )
+
+
+def load_plain(path: Path, name: str = "file") -> Any:
+    """Read YAML as plain data, without lines: for manifests, where speed counts."""
+
+    def parse() -> Any:
+        from nemotron_launch.config.yaml_reader import parse_plain
+
+        return parse_plain(_read(path, name), display(path))
+
+    return _kept(path, "plain", parse, encode=_json_only, decode=lambda data: data)
+
+
+def parse_tree(text: str, shown: str) -> Node:
+    """As load_tree, for text. `shown` names it in messages."""
+    from nemotron_launch.config import yaml_reader
+
+    return yaml_reader.parse_tree(text, shown)
+
+
+def dump(data: Any) -> str:
+    """Write plain data as YAML that every reader, 1.1 or 1.2 or OmegaConf's, reads alike. Keys keep their order."""
+    try:
+        if isinstance(data, dict) and data:
+            return "".join(f"{line}\n" for line in _mapping(data, ""))
+    except _NotPlain:
+        pass
+    from nemotron_launch.config import yaml_reader
+
+    return yaml_reader.dump(data)
 
 
 def _read(path: Path, name: str) -> str:
@@ -65,135 +80,121 @@ def _read(path: Path, name: str) -> str:
         raise UserError(f"cannot be read: {(error.strerror or str(error)).lower()}", where=display(path)) from None
 
 
-def parse_tree(text: str, shown: str) -> Node:
-    """As load_tree, for text. `shown` names it in messages."""
-    loader = _Loader(text)
+# Kept trees --------------------------------------------------------------------------------------------------------
+
+
+class _NotPlain(Exception):
+    """Data that JSON, or the writer below, cannot carry as it is."""
+
+
+def _kept(
+    path: Path, kind: str, parse: Callable[[], Any], *, encode: Callable[[Any], Any], decode: Callable[[Any], Any]
+) -> Any:
+    """What `parse` makes of a file, from the cache where the file is still the same."""
     try:
-        _refuse_deep(text, shown)
-        root = loader.get_single_node()
-        if root is None:
-            return Node({}, Source(shown, 1))
-        if not isinstance(root, yaml.MappingNode):
-            raise UserError(
-                f"a mapping (key: value) expected, found {_kind(root)}", where=f"{shown}:{root.start_mark.line + 1}"
-            )
-        return _Builder(loader, shown).build(root, root.start_mark.line + 1)
-    except yaml.MarkedYAMLError as error:
-        raise _syntax_error(error, text, shown) from None
-    except yaml.YAMLError as error:
-        raise UserError(f"not YAML: {str(error).splitlines()[0]}", where=shown) from None
-    finally:
-        loader.dispose()
+        stat = path.stat()
+    except OSError:
+        return parse()
+    key = f"{kind} {path.absolute()}"
+    stamp = [_FORMAT, key, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+    folder = cache.folder("yaml")
+    # As many files as there are names of three digits, however many configs come and go.
+    kept = folder / f"{sha256(key.encode('utf-8', 'surrogateescape')).hexdigest()[:3]}.json" if folder else None
+    if kept:
+        with suppress(OSError, ValueError, TypeError, KeyError, IndexError):
+            found, data = json.loads(kept.read_bytes())
+            if found == stamp:
+                return decode(data)
+    value = parse()
+    if kept and time.time() - max(stat.st_mtime, stat.st_ctime) > _SETTLED:
+        with suppress(_NotPlain):
+            cache.write(kept, json.dumps([stamp, encode(value)]).encode())
+    return value
 
 
-def _refuse_deep(text: str, shown: str) -> None:
-    """libyaml's composer recurses without a limit and would take the process with it."""
-    if len(text) < 1_000_000 and text.count("[") + text.count("{") + text.count("- ") < _DEEPEST:
-        return
-    depth = 0
-    for event in yaml.parse(text, Loader=_Loader):
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > _DEEPEST:
-            line = event.start_mark.line + 1 if event.start_mark else None
-            raise UserError("nested too deeply", where=str(Source(shown, line)))
+def _encode(node: Node) -> list[Any]:
+    """[line, value, kind]: 0 a scalar, 1 a list, 2 a mapping, 3 one that replaces."""
+    value = node.value
+    if isinstance(value, dict):
+        return [node.source.line, {key: _encode(item) for key, item in value.items()}, 3 if node.replaces else 2]
+    if isinstance(value, list):
+        return [node.source.line, [_encode(item) for item in value], 1]
+    return [node.source.line, _json_only(value), 0]
 
 
-def load_plain(path: Path, name: str = "file") -> Any:
-    """Read YAML as plain data, without lines: for manifests, where speed counts."""
-    text = _read(path, name)
-    try:
-        _refuse_deep(text, display(path))
-        return yaml.load(text, Loader=_Loader)
-    except yaml.MarkedYAMLError as error:
-        raise _syntax_error(error, text, display(path)) from None
-    except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"not YAML: {str(error).splitlines()[0]}", where=display(path)) from None
+def _decode(data: list[Any], shown: str) -> Node:
+    line, value, kind = data
+    if kind >= 2:
+        value = {key: _decode(item, shown) for key, item in value.items()}
+    elif kind == 1:
+        value = [_decode(item, shown) for item in value]
+    return Node(value, Source(shown, line), kind == 3)
 
 
-def dump(data: Any) -> str:
-    """Write plain data as YAML that every reader, 1.1 or 1.2 or OmegaConf's, reads alike. Keys keep their order."""
-    text: str = yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1_000_000)
-    return text
+def _json_only(value: Any) -> Any:
+    """The value, if JSON gives back what it is given."""
+    if isinstance(value, dict):
+        if not all(type(key) is str for key in value):
+            raise _NotPlain
+        for item in value.values():
+            _json_only(item)
+    elif isinstance(value, list):
+        for item in value:
+            _json_only(item)
+    elif value is not None and type(value) not in (str, int, float, bool):
+        raise _NotPlain
+    return value
 
 
-def _syntax_error(error: yaml.MarkedYAMLError, text: str, shown: str) -> UserError:
-    mark = error.problem_mark or error.context_mark
-    line = mark.line + 1 if mark else None
-    problem = error.problem or error.context or "not YAML"
-    written = text.splitlines()[mark.line] if mark and mark.line < len(text.splitlines()) else ""
-    if "cannot start any token" in problem and "\t" in written[: len(written) - len(written.lstrip()) + 1]:
-        return UserError("a tab in the indentation", where=str(Source(shown, line)), hint="YAML wants blanks there")
-    where = str(Source(shown, line))
-    hint = written.rstrip() or None
-    if error.context and error.context_mark and error.context_mark.line + 1 != line:
-        hint = f"{error.context}, line {error.context_mark.line + 1}" + (f"\n{hint}" if hint else "")
-    return UserError(f"not YAML: {problem}", where=where, hint=hint)
+# Writing -----------------------------------------------------------------------------------------------------------
 
 
-def _kind(node: yaml.Node) -> str:
-    return "a list" if isinstance(node, yaml.SequenceNode) else repr(node.value)
+def _mapping(data: dict[Any, Any], indent: str) -> Iterator[str]:
+    for key, value in data.items():
+        head = f"{indent}{_text(key)}:"
+        if isinstance(value, dict) and value:
+            yield head
+            yield from _mapping(value, f"{indent}  ")
+        elif isinstance(value, list) and value:
+            yield head
+            yield from _list(value, indent)
+        else:
+            yield f"{head} {_scalar(value)}"
 
 
-class _Builder:
-    """Turns PyYAML's nodes into ours."""
+def _list(items: list[Any], indent: str) -> Iterator[str]:
+    for item in items:
+        if isinstance(item, dict) and item:
+            lines = list(_mapping(item, f"{indent}  "))
+            yield f"{indent}- {lines[0][len(indent) + 2 :]}"
+            yield from lines[1:]
+        elif isinstance(item, list) and item:
+            raise _NotPlain
+        else:
+            yield f"{indent}- {_scalar(item)}"
 
-    def __init__(self, loader: Any, shown: str) -> None:
-        self.loader = loader
-        self.shown = shown
-        self.count = 0
-        self.open: set[int] = set()
 
-    def build(self, node: yaml.Node, line: int) -> Node:
-        self.count += 1
-        if self.count > _LARGEST:
-            raise UserError(f"more than {_LARGEST} values", where=f"{self.shown}:{line}", hint="do aliases repeat?")
-        source = Source(self.shown, line)
-        if isinstance(node, yaml.ScalarNode):
-            try:
-                return Node(self.loader.construct_object(node), source)
-            except ValueError as error:
-                raise UserError(f"not a value: {error}", where=str(source)) from None
-        if id(node) in self.open:
-            raise UserError("an alias that contains itself", where=str(source))
-        self.open.add(id(node))
-        try:
-            if isinstance(node, yaml.SequenceNode):
-                items = [self.build(item, item.start_mark.line + 1) for item in node.value]
-                return Node(items, source)
-            assert isinstance(node, yaml.MappingNode)
-            return self._mapping(node, source)
-        finally:
-            self.open.discard(id(node))
+def _scalar(value: Any) -> str:
+    kind = type(value)
+    if kind is str:
+        return _text(value) if value else "''"
+    if kind is bool:
+        return "true" if value else "false"
+    if value is None:
+        return "null"
+    if kind is int:
+        return str(value)
+    if kind is float and value - value == 0:  # finite
+        text = repr(value)
+        return text.replace("e", ".0e", 1) if "." not in text and "e" in text else text
+    if value == {} and kind is dict:
+        return "{}"
+    if value == [] and kind is list:
+        return "[]"
+    raise _NotPlain
 
-    def _mapping(self, node: yaml.MappingNode, source: Source) -> Node:
-        items: dict[str, Node] = {}
-        inherited: dict[str, Node] = {}
-        lines: dict[str, int] = {}
-        replaces = False
-        for key_node, value_node in node.value:
-            line = key_node.start_mark.line + 1
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                self._inherit(value_node, line, inherited)
-                continue
-            if not isinstance(key_node, yaml.ScalarNode):
-                raise UserError("a key must be text", where=f"{self.shown}:{line}")
-            key = key_node.value
-            if key in lines:
-                raise UserError(f"{key} is set twice, first on line {lines[key]}", where=f"{self.shown}:{line}")
-            lines[key] = line
-            below = self.build(value_node, line)
-            if key == "_override_":
-                if not isinstance(below.value, bool):
-                    raise UserError("_override_ takes true or false", where=f"{self.shown}:{line}")
-                replaces = below.value
-            else:
-                items[key] = below
-        return Node({**inherited, **items} if inherited else items, source, replaces)
 
-    def _inherit(self, node: yaml.Node, line: int, inherited: dict[str, Node]) -> None:
-        """YAML's own `<<: *base`. Of several the first wins."""
-        for base in node.value if isinstance(node, yaml.SequenceNode) else [node]:
-            if not isinstance(base, yaml.MappingNode):
-                raise UserError("<< takes a mapping or a list of mappings", where=f"{self.shown}:{line}")
-            for key, item in self.build(base, line).value.items():
-                inherited.setdefault(key, item)
+def _text(value: Any) -> str:
+    if type(value) is not str or len(value) > 100 or not _PLAIN.fullmatch(value) or value.lower() in _NOT_TEXT:
+        raise _NotPlain
+    return value

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from nemotron_launch.config.tree import leaves, to_plain
-from nemotron_launch.config.yaml_files import dump, load_tree, parse_tree
+from nemotron_launch.config import yaml_files, yaml_reader
+from nemotron_launch.config.tree import Node, leaves, to_plain
+from nemotron_launch.config.yaml_files import dump, load_plain, load_tree, parse_tree
 from nemotron_launch.errors import UserError
 
 
@@ -131,3 +132,90 @@ def _exact(value: object) -> object:
     if isinstance(value, list):
         return [_exact(item) for item in value]
     return (type(value).__name__, "nan" if isinstance(value, float) and math.isnan(value) else value)
+
+
+_words = st.text("abcN_./:@+- 019\\", max_size=8) | st.sampled_from(
+    ["no", "No", "/a b", "./a", ".5", "a:b", "a: b", "a:", "1e-6", "-", "- a", "a #b", "x:/y", "~/a", "a  b", "a b "]
+)
+_plainer = st.dictionaries(
+    _words,
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | _words,
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_words, inner, max_size=3),
+    ),
+    max_size=4,
+)
+
+
+@given(_plainer)
+def test_plain_words_are_written_as_pyyaml_writes_them(data: dict[str, object]) -> None:
+    assert dump(data) == yaml_reader.dump(data)
+
+
+@given(_data)
+def test_any_data_is_written_as_pyyaml_writes_it(data: dict[str, object]) -> None:
+    assert dump(data) == yaml_reader.dump(data)
+
+
+def kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let files count as settled at once: a file's change time cannot be set back."""
+    monkeypatch.setattr(yaml_files, "_SETTLED", -1.0)
+
+
+def test_a_file_is_parsed_once_and_again_when_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept(monkeypatch)
+    path = tmp_path / "f.yaml"
+    text = "a: {_override_: true, b: [1, 2.5, x, null, true, .inf]}\nc:\n  d: 'e'\n"
+    path.write_text(text)
+    first = load_tree(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(yaml_reader, "parse_tree", None)
+        again = load_tree(path)
+    assert rows(again) == rows(first) == rows(parse_tree(text, str(path)))
+    path.write_text(text.replace("'e'", "'f'"))
+    assert to_plain(load_tree(path))["c"] == {"d": "f"}
+
+
+def rows(root: Node) -> list[tuple[object, ...]]:
+    return [(path, node.value, node.source) for path, node in leaves(root)] + [("replaces", root.value["a"].replaces)]
+
+
+def test_a_fresh_file_is_not_kept_for_its_next_change_may_bear_the_same_time(tmp_path: Path) -> None:
+    path = tmp_path / "f.yaml"
+    for n in range(20):
+        path.write_text(f"a: {n % 10}\n")
+        assert to_plain(load_tree(path)) == {"a": n % 10}
+
+
+@pytest.mark.parametrize("text", ["1: a\n", "a: {2: b}\n", "a: !!binary aGk=\n", "a: [1, {x: 1.0}]\n"])
+def test_plain_data_comes_back_from_the_cache_as_it_was_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    kept(monkeypatch)
+    path = tmp_path / "f.yaml"
+    path.write_text(text)
+    assert load_plain(path) == load_plain(path) == yaml.safe_load(text)
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{", b"[1, 2]", b"\xff"])
+def test_a_broken_cache_is_as_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
+    kept(monkeypatch)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = tmp_path / "f.yaml"
+    path.write_text("a: 1\n")
+    load_tree(path)
+    (found,) = (tmp_path / "cache/nemotron/yaml").iterdir()
+    found.write_bytes(content)
+    assert to_plain(load_tree(path)) == {"a": 1}
+
+
+def test_a_cache_that_others_may_write_to_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept(monkeypatch)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "cache/nemotron/yaml"
+    folder.mkdir(parents=True)
+    folder.chmod(0o777)
+    path = tmp_path / "f.yaml"
+    path.write_text("a: 1\n")
+    load_tree(path)
+    assert list(folder.iterdir()) == []
