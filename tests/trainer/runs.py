@@ -10,7 +10,7 @@ import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -180,6 +180,28 @@ def end(process: subprocess.Popen[str]) -> Finished:
         process.kill()
         process.communicate()
     return Finished(process.returncode, said)
+
+
+IN_ONE_PROCESS = """
+import contextlib, importlib, io, json, sys
+from pathlib import Path
+for step, folder, config in json.loads(sys.argv[1]):
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        code = importlib.import_module(f"nemotron_launch.trainer.{step}").main(Path(folder), ["--config", config])
+    print("ENDED", json.dumps([code, said.getvalue()]), flush=True)
+"""
+
+
+def refuse(runs: Mapping[str, Run]) -> dict[str, Finished]:
+    """One attempt of each run, one after the other in one process, as starting it costs more than a refusal."""
+    wanted = [(run.step, str(STEPS[run.step]), str(run.config())) for run in runs.values()]
+    command = [sys.executable, "-c", IN_ONE_PROCESS, json.dumps(wanted)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=WAIT)
+    ended = [json.loads(line.removeprefix("ENDED ")) for line in done.stdout.splitlines() if line.startswith("ENDED ")]
+    assert len(ended) == len(runs), done.stdout + done.stderr
+    return {name: Finished(*end) for name, end in zip(runs, ended, strict=True)}
 
 
 def tensors(checkpoint: Path) -> dict[str, Any]:

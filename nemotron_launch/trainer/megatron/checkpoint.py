@@ -86,7 +86,8 @@ class WriteHere(torch_dist.TorchDistSaveShardedStrategy):
         named, _, _ = torch_dist._replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
         torch_checkpoint.save(
             torch_dist.mcore_to_pyt_state_dict(named, False),
-            storage_writer=torch_checkpoint.FileSystemWriter(checkpoint_dir, thread_count=2, sync_files=True),
+            # One thread: torch drops what goes wrong in the others, and with it the tensors they had to write.
+            storage_writer=torch_checkpoint.FileSystemWriter(checkpoint_dir, thread_count=1, sync_files=True),
             planner=torch_dist.MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
         )
 
@@ -128,8 +129,6 @@ def _check_shapes(folder: Path, wanted: dict[str, Any]) -> None:
             shapes = f"{tuple(stored[key].global_shape)} there, {tuple(tensor.global_shape)} here"
             problems.append(f"{key}: {shapes}")
     if problems:
-        raise UserError(
-            f"does not fit the policy: {problems[0]}" + (f" and {len(problems) - 1} more" if problems[1:] else ""),
-            where=str(folder),
-            hint="compare policy.model_name or policy.architecture with the run that wrote it",
-        )
+        shown = problems[:8] + ([f"… and {len(problems) - 8} more"] if problems[8:] else [])
+        advice = "compare policy.model_name or policy.architecture with the run that wrote it"
+        raise UserError("does not fit the policy:", where=str(folder), hint="\n".join([*shown, advice]))
