@@ -40,7 +40,7 @@ def sbatch(value: object, key: str = "") -> str:
 
 
 def slurm_path(value: object, key: str = "") -> str:
-    """A path in an `--output` of sbatch or srun, not yet quoted: there `%` begins a pattern and `\\` forbids them all."""
+    """A path in an `--output` of sbatch or srun, not yet quoted: there `%` begins a pattern, `\\` forbids them all."""
     text = path(value, key)
     if found := [mark for mark in "%\\" if mark in text]:
         raise UserError(f"Slurm's log paths cannot carry {found[0]!r}: {text}", where=key or None)

@@ -15,7 +15,7 @@ from nemotron_launch import images, quoting
 from nemotron_launch.errors import UserError
 from nemotron_launch.frozen import frozen
 from nemotron_launch.job import File, Job, Mount, Service
-from nemotron_launch.quoting import sbatch, sh, sh_words
+from nemotron_launch.quoting import sbatch, sh
 from nemotron_launch.render import Rendered, fill, fill_own
 
 MAIN = "job.sbatch"
@@ -52,8 +52,8 @@ def render_job(job: Job) -> Rendered:
     image = images.parse(job.container.image) if job.container.image and job.container.runtime != "none" else None
     values = _values(job, image)
     text = fill_own(Path(job.template), values) if job.template else fill("slurm/job.sbatch.j2", values)
-    if "\r\n" in text:
-        raise UserError("sbatch takes no script with a carriage return before a line's end", where=_with_crlf(job))
+    if job.template:
+        _check_line_ends(text, job.template)
     files = [File(MAIN, text), File("node.sh", fill("slurm/node.sh.j2", _node_values(job, None)))]
     files += [
         File(f"service-{service.name}.sh", fill("slurm/node.sh.j2", _node_values(job, service)))
@@ -94,25 +94,25 @@ def _values(job: Job, image: images.Image | None) -> dict[str, Any]:
         "job": job,
         "directives": _directives(job),
         "about": _about(job),
-        "run_dir": sh(job.run_dir),
-        "workdir": sh(job.workdir),
+        "run_dir": _word(job.run_dir),
+        "workdir": _word(job.workdir),
         "claimed": CLAIMED,
         "resume_code": job.restart.resume_code,
         "max_restarts": job.restart.max_restarts,
-        "bundle": sh(job.bundle.file, "bundle") if job.bundle else "",
+        "bundle": _word(job.bundle.file, "bundle") if job.bundle else "",
         "bundle_sha256": job.bundle.sha256 if job.bundle else "",
         "secrets": bool(job.secrets),
-        "interface": sh(job.options["interface"], "interface") if job.options.get("interface") else "",
+        "interface": _word(job.options["interface"], "interface") if job.options.get("interface") else "",
         "hang_timeout": int(job.options.get("hang_timeout") or 0),
-        "metrics": sh(posixpath.join(job.workdir, job.output_dir, "metrics.jsonl"), "output_dir"),
-        "image_uri": sh(image.uri, "image") if image else "",
+        "metrics": _word(posixpath.join(job.workdir, job.output_dir, "metrics.jsonl"), "output_dir"),
+        "image_uri": _word(image.uri, "image") if image else "",
         "image_path": _image_path(job, image, image_dir) if image else "",
         "services": [_service(job, n) for n in range(len(job.services))],
         "trainer": _Step(
             "node",
             (*_step_options(job, 0, job.nodes), *_container_options(job, ""), *_srun_args(job)),
             _launcher(job, ""),
-            sh_words(job.command, "command"),
+            _words(job.command, "command"),
         ),
     }
 
@@ -184,14 +184,14 @@ def _more(key: str, arguments: Iterable[str], quote: Any) -> list[str]:
         if key == "sbatch_args" and option in _OWN_OPTIONS:
             own = _OWN_OPTIONS[option]
             hint = f"use the profile's key {own}" if own else "the script relies on its own"
-            raise UserError(f"{argument.split('=')[0]} cannot be set here", where=where, hint=hint)
+            raise UserError(f"{'--' if found.group(1) else '-'}{option} cannot be set here", where=where, hint=hint)
         start = f"--{option}{sign}" if found.group(1) else f"-{option}"
         quoted.append(start + (quote(value, where) if value is not None else ""))
     return quoted
 
 
 def _srun_args(job: Job) -> list[str]:
-    return _more("srun_args", job.options.get("srun_args") or (), sh)
+    return _more("srun_args", job.options.get("srun_args") or (), _word)
 
 
 def _gpus_per_node(job: Job) -> int:
@@ -206,7 +206,7 @@ def _step_options(job: Job, first: int, nodes: int) -> list[str]:
         options += [f"--relative={first}", "--overlap"]
     if job.options.get("cpus_per_task"):
         options.append(f"--cpus-per-task={int(job.options['cpus_per_task'])}")
-    mpi = sh(job.options.get("mpi") or "none", "mpi")
+    mpi = _word(job.options.get("mpi") or "none", "mpi")
     return [*options, f"--mpi={mpi}", "--export=ALL", "--kill-on-bad-exit=1"]
 
 
@@ -217,9 +217,9 @@ def _container_options(job: Job, image: str) -> list[str]:
     mounts = ",".join(_pyxis_mount(n, mount) for n, mount in enumerate(_mounts(job)))
     uri = images.parse(image) if image else None
     return [
-        f"--container-image={sh(uri.uri or uri.path)}" if uri else '--container-image="$image"',
-        f"--container-mounts={sh(mounts)}",
-        f"--container-workdir={sh(job.workdir)}",
+        f"--container-image={_word(uri.uri or uri.path)}" if uri else '--container-image="$image"',
+        f"--container-mounts={_word(mounts)}",
+        f"--container-workdir={_word(job.workdir)}",
         "--no-container-mount-home",
     ]
 
@@ -239,9 +239,9 @@ def _launcher(job: Job, image: str) -> str:
         if mount.read_only:
             hint = "charliecloud binds folders as they are; leave :ro away"
             raise UserError(f"{source} cannot be read-only", where=f"mounts[{n}]", hint=hint)
-        binds.append(f"--bind={sh(f'{source}:{target}')}")
-    where = sh(images.parse(image).path) if image else '"$image"'
-    return " ".join(["ch-run", *binds, f"--cd={sh(job.workdir)}", where, "--"])
+        binds.append(f"--bind={_word(f'{source}:{target}')}")
+    where = _word(images.parse(image).path) if image else '"$image"'
+    return " ".join(["ch-run", *binds, f"--cd={_word(job.workdir)}", where, "--"])
 
 
 def _mounts(job: Job) -> list[Mount]:
@@ -251,6 +251,7 @@ def _mounts(job: Job) -> list[Mount]:
     deepest = max(covering, key=lambda m: len(m.target.rstrip("/")), default=None)
     if deepest and deepest.source.rstrip("/") == deepest.target.rstrip("/") and not deepest.read_only:
         return list(job.container.mounts)
+    quoting.mount(home, "remote_job_dir")
     return [*job.container.mounts, Mount(home, home)]
 
 
@@ -262,7 +263,7 @@ def _image_path(job: Job, image: images.Image, image_dir: str) -> str:
             where="image",
             hint="make one:  ch-image pull …  and  ch-convert … /lustre/images/NAME.sqsh",
         )
-    return sh(image.path or posixpath.join(quoting.path(image_dir, "image_dir"), image.squash_name), "image")
+    return _word(image.path or posixpath.join(quoting.path(image_dir, "image_dir"), image.squash_name), "image")
 
 
 def _service(job: Job, n: int) -> dict[str, Any]:
@@ -273,13 +274,13 @@ def _service(job: Job, n: int) -> dict[str, Any]:
         "variable": "NEMOTRON_SERVICE_" + re.sub(r"[^A-Z0-9]", "_", service.name.upper()),
         "first": first,
         "port": int(service.port),
-        "health": sh(service.health),
+        "health": _word(service.health),
         "start_timeout": int(service.start_timeout),
         "step": _Step(
             service.name,
             (*_step_options(job, first, service.nodes or 1), *_container_options(job, service.image)),
             _launcher(job, service.image),
-            sh_words(service.command, f"services.{service.name}.command"),
+            _words(service.command, f"services.{service.name}.command"),
         ),
     }
 
@@ -348,20 +349,27 @@ def _import_values(job: Job, image: images.Image) -> dict[str, Any]:
     ]
     registry = image.uri.partition("://")[2].partition("#")[0] if "#" in image.uri else "docker.io"
     return {
-        "uri": sh(image.uri, "image"),
-        "uri_json": sh(quoting.json(image.uri, "image")),
-        "image_dir": sh(image_dir),
-        "squash": sh(posixpath.join(image_dir, image.squash_name)),
+        "uri": _word(image.uri, "image"),
+        "uri_json": _word(quoting.json(image.uri, "image")),
+        "image_dir": _word(image_dir),
+        "squash": _word(posixpath.join(image_dir, image.squash_name)),
         "registry": registry.rpartition("@")[2],
         "directives": directives,
     }
 
 
-def _with_crlf(job: Job) -> str | None:
-    for n, argument in enumerate(job.command):
-        if "\r\n" in argument:
-            return f"command[{n}]"
-    for service in job.services:
-        if any("\r\n" in argument for argument in service.command):
-            return f"services.{service.name}.command"
-    return job.template or None
+def _word(value: object, key: str = "") -> str:
+    """A word of a script that sbatch is given: it takes none with the line ends of DOS."""
+    return _check_line_ends(sh(value, key), key)
+
+
+def _words(values: Iterable[object], key: str) -> str:
+    """A command, with a new line of the script before each of its options."""
+    words = [_word(value, f"{key}[{n}]") for n, value in enumerate(values)]
+    return " ".join(f"\\\n    {word}" if n and word.startswith("--") else word for n, word in enumerate(words))
+
+
+def _check_line_ends(text: str, where: str) -> str:
+    if "\r\n" in text:
+        raise UserError("sbatch takes no script with a carriage return before a line's end", where=where)
+    return text

@@ -91,13 +91,15 @@ class Cluster:
         self.until(lambda: "is UP" in self.run("scontrol", "ping", check=False), "slurmctld", 30)
         for n in range(self.nodes):
             self.start_node(f"node{n + 1}")
-        self.until(lambda: self.run("sinfo", "-h", "-N", "-p", "batch", "-o", "%t").split() == ["idle"] * self.nodes, "idle nodes")
+        states = ("sinfo", "-h", "-N", "-p", "batch", "-o", "%t")
+        self.until(lambda: self.run(*states).split() == ["idle"] * self.nodes, "idle nodes")
 
     def start_node(self, name: str) -> None:
         """A node with a host name, a disk and process ids of its own; to kill its daemon is to pull its plug."""
         self._spawn(
             f"slurmd-{name}",
-            *"unshare --uts --mount --pid --fork --mount-proc --kill-child --propagation private sh -c".split(),
+            "unshare", "--uts", "--mount", "--pid", "--fork", "--mount-proc", "--kill-child", "--propagation",
+            "private", "sh", "-c",
             f'hostname {name} && mount --bind {self.root}/etc/hosts /etc/hosts'
             f' && mount -t tmpfs -o mode=1777 local-{name} {self.root}/local && exec "$@"',
             "sh", "slurmd", "-D", "-N", name, "-f", str(self.conf),

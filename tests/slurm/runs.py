@@ -1,4 +1,4 @@
-"""Runs for the tests on a real Slurm: a job, its folder as a submission leaves it, and what is found there afterwards."""
+"""Runs for the tests on a real Slurm: a job, its folder as a submission leaves it, and what is found there later."""
 
 from __future__ import annotations
 
@@ -77,7 +77,8 @@ class Run:
 
     def all(self) -> str:
         """Every log, for a test that failed."""
-        paths = [*sorted(self.folder.glob("slurm-*.out")), self.folder / "exit_code", *sorted(self.folder.glob("logs/*/*"))]
+        paths = [*sorted(self.folder.glob("slurm-*.out")), self.folder / "exit_code"]
+        paths += sorted(self.folder.glob("logs/*/*"))
         return "\n".join(f"--- {path.name}\n{path.read_text(errors='replace')}" for path in paths if path.is_file())
 
     @property
@@ -142,7 +143,9 @@ def place(rendered: Rendered, folder: Path) -> None:
         path.write_bytes(file.text.encode())
 
 
-def planned_run(cluster: Cluster, folder: Path, step: str, config: str, overrides: Sequence[str], **profile: Any) -> Run:
+def planned_run(
+    cluster: Cluster, folder: Path, step: str, config: str, overrides: Sequence[str], **profile: Any
+) -> Run:
     """A step of ours compiled for this cluster, all the way from config and profile, without a container."""
     found = find_step(step)
     keys = {"executor": "slurm", "runtime": "none", "python": sys.executable, "mem": 2000, "time": 10, **profile}

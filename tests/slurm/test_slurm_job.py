@@ -39,7 +39,7 @@ def run(cluster: Cluster, tmp_path: Path) -> Any:
 
 
 def test_every_node_starts_the_command_with_its_rank_and_the_same_meeting_point(run: NewRun) -> None:
-    names = "NNODES NODE_RANK MASTER_ADDR MASTER_PORT HF_HOME TRITON_CACHE_DIR COLOUR".split()
+    names = ["NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "HF_HOME", "TRITON_CACHE_DIR", "COLOUR"]
     job = run(f"print(json.dumps({{name: os.environ[name] for name in {names}}}))", nodes=2, env={"COLOUR": "blue"})
     job.submit()
     assert job.end()["JobState"] == "COMPLETED", job.all()
@@ -187,7 +187,8 @@ def test_a_requeue_by_the_operator_saves_and_goes_on(run: NewRun, cluster: Clust
 
 
 def test_a_node_that_goes_down_restarts_the_run(run: NewRun, cluster: Cluster) -> None:
-    job = run("if ATTEMPT == 0: time.sleep(300)\nprint(os.environ['API_KEY'])", max_restarts=3, secrets={"API_KEY": "x"})
+    body = "if ATTEMPT == 0: time.sleep(300)\nprint(os.environ['API_KEY'])"
+    job = run(body, max_restarts=3, secrets={"API_KEY": "x"})
     job.submit()
     job.started()
     cluster.run("scontrol", "update", "nodename=node1", "state=down", "reason=test")

@@ -16,8 +16,9 @@ from tests.slurm.runs import Run, planned_run
 STEPS = 300  # milliseconds each; enough for a signal to come in between
 SMALL = [
     "cluster.num_nodes=2", "cluster.procs_per_node=2", f"sft.max_num_steps={STEPS}", "sft.val_period=0",
-    "sft.val_at_end=false", "sft.val_global_batch_size=40", "sft.val_generation.num_prompts=0", "policy.architecture.num_layers=1",
-    "policy.architecture.hidden_size=32", "policy.architecture.num_attention_heads=2",
+    "sft.val_at_end=false", "sft.val_global_batch_size=40", "sft.val_generation.num_prompts=0",
+    "policy.architecture.num_layers=1", "policy.architecture.hidden_size=32", 
+    "policy.architecture.num_attention_heads=2",
     "policy.architecture.intermediate_size=32", "policy.train_global_batch_size=8", "policy.train_micro_batch_size=2",
     "checkpointing.save_period=100000", "checkpointing.metric_name=null",
 ]  # fmt: skip

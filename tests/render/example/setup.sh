@@ -1,0 +1,2 @@
+# The profile's setup commands.
+pip install --quiet omegaconf
