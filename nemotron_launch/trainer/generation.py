@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nemotron_launch.errors import UserError
 from nemotron_launch.trainer.megatron import parallel
 from nemotron_launch.trainer.megatron.attention import PLANS, AttentionPlan, KeyValueCache
 from nemotron_launch.trainer.megatron.logprobs import mask_padding
@@ -55,9 +56,12 @@ def generate(
 
     Random numbers depend on seed, the sequence's number (first_key onwards) and the token's place alone. All ranks of
     one model replica call this with the same prompts; replicas may differ. Runs with any tensor and pipeline size.
+    Raises UserError for an empty prompt.
     """
     if not prompts:
         return []
+    if not all(len(prompt) for prompt in prompts):
+        raise UserError("an empty prompt cannot be continued: there is no token to predict the first from")
     was_training = policy.gpt.training
     policy.gpt.eval()
     try:
@@ -177,8 +181,8 @@ _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit number
 
 def uniform(seed: int, keys_N: Tensor, place: int) -> Tensor:
     """Numbers in [0, 1), fp64, one for each (seed, key, place): SplitMix64 (Steele et al. 2014) as a hash."""
-    state = torch.full_like(keys_N, seed)
-    for value in (keys_N, torch.full_like(keys_N, place)):
+    state = torch.zeros_like(keys_N)
+    for value in (torch.full_like(keys_N, seed), keys_N, torch.full_like(keys_N, place)):
         state = _mix((state ^ value) + _GOLDEN)
     return (state >> 11 & (1 << 53) - 1).double() / (1 << 53)
 

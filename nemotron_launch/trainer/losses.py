@@ -92,10 +92,10 @@ def sft_loss(logps_BS: Tensor, mask_BS: Tensor, *, valid_tokens: Tensor) -> tupl
     return loss.float(), {"loss": loss.detach(), "num_valid_tokens": mask_BS.sum().double()}
 
 
-def kl_k3(logps_BS: Tensor, ref_logps_BS: Tensor, mask_BS: Tensor) -> Tensor:
-    """KL(policy ‖ reference) per token in nats, estimated on the policy's own samples (Schulman 2020, "k3").
+def kl_k1(logps_BS: Tensor, ref_logps_BS: Tensor, mask_BS: Tensor) -> Tensor:
+    """KL(policy ‖ reference) in nats, estimated on the policy's own samples (Schulman 2020, "k1").
 
-    exp(d) - 1 - d with d = log ref - log policy; never negative. Returns the sum over masked tokens, fp64.
+    Returns the sum over masked tokens of log policy - log reference, fp64. Of few samples it is nearer than k3, which
+    is never negative but where one token that the policy has all but given up can outweigh all the others.
     """
-    difference = (ref_logps_BS - logps_BS).double()
-    return ((difference.exp() - 1 - difference) * mask_BS).sum()
+    return ((logps_BS - ref_logps_BS).double() * mask_BS).sum()

@@ -11,7 +11,7 @@ import torch
 
 from nemotron_launch.trainer.batch import Group, collate
 from nemotron_launch.trainer.generation import Completion, generate
-from nemotron_launch.trainer.losses import kl_k3
+from nemotron_launch.trainer.losses import kl_k1
 from nemotron_launch.trainer.megatron import parallel
 from nemotron_launch.trainer.megatron.parallel import Layout
 from nemotron_launch.trainer.policy import Policy
@@ -80,7 +80,7 @@ class GenerationCheck:
     ) -> dict[str, float]:
         """exact_match (share of greedy answers equal to `answers`), response length, and with a reference the KL.
 
-        kl_to_reference: nats per token, estimator k3 on answers sampled from the policy.
+        kl_to_reference: nats per token, estimator k1 on answers sampled from the policy (it can be a little below 0).
         """
         layout = policy.layout
         chosen = np.arange(min(self.num_prompts, len(prompts)))
@@ -127,4 +127,4 @@ class GenerationCheck:
         batch = collate(groups, pad_id=self.pad_id, device=policy.layout.device, multiple_of=tensor)
         own = policy.logps([batch])[0]
         ref = reference.logps([batch])[0]
-        return torch.stack([kl_k3(own, ref, batch.mask_NR), batch.mask_NR.sum().double()])
+        return torch.stack([kl_k1(own, ref, batch.mask_NR), batch.mask_NR.sum().double()])
