@@ -48,7 +48,12 @@ def compile_job(
     """Compose, plan, check and render. UserError: everything that can be wrong, none of it submitted."""
     composed = compose_for(step, config, overrides, profile, env=env)
     job = plan_job(step, composed, profile, passthrough, run_id=run_id, attached=attached, origin=origin)
-    return Compiled(step, composed, profile, job, render(job), tuple(crosschecks.warnings(job, composed, profile)))
+    warnings = crosschecks.warnings(job, composed, profile)
+    if origin is HERE:
+        from nemotron_launch.inputs import notes
+
+        warnings += notes(step, composed, job, profile)
+    return Compiled(step, composed, profile, job, render(job), tuple(warnings))
 
 
 def as_data(compiled: Compiled) -> dict[str, Any]:

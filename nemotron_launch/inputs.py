@@ -1,20 +1,20 @@
-"""Whether what a step consumes is there, and which step makes it when it is not. For runs on this machine."""
+"""Whether what a step consumes is there, and which step makes it when it is not."""
 
 from __future__ import annotations
 
-import glob
 import os
-from collections.abc import Iterator, Sequence
+import posixpath
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nemotron_launch import crosschecks
 from nemotron_launch.catalog import Step, find_config, find_step, is_a, load_artifacts, load_steps
 from nemotron_launch.config.compose import Composed
 from nemotron_launch.errors import UserError
 from nemotron_launch.frozen import frozen
 from nemotron_launch.job import Artifact, Job
 from nemotron_launch.plan import compose_for, new_run_id, plan_job
-from nemotron_launch.trainer.checkpoints import resolve_checkpoint
 from nemotron_launch.trainer.paths import is_hub_id, resolve_path
 
 if TYPE_CHECKING:
@@ -86,9 +86,59 @@ def _makers(step: Step, composed: Composed, profile: Profile | None, chain: tupl
         yield Stage(plan_job(maker, made, profile, run_id=new_run_id(maker, made)), why)
 
 
-def _consumed(step: Step, composed: Composed) -> Iterator[tuple[Artifact, UserError | None]]:
-    """The artifacts that the config binds, each with the reason why it cannot be consumed, or None."""
+def notes(step: Step, composed: Composed, job: Job, profile: Profile | None) -> list[str]:
+    """What to say about inputs that are not there, or that only the job's machine can see. Nothing for those in place.
+
+    A job on a Slurm cluster sees the files of this machine when this is its login node: remote_job_dir is there, then.
+    """
+    found = []
+    for artifact, error in _consumed(step, composed, _locator(step, job, profile)):
+        maker = composed.get(f"run.make_missing.{artifact.type}")
+        command = f"nemotron steps run {maker['step']} -c {maker['config']}" if maker else ""
+        if job.executor != "local" and command:
+            command += f" -b {job.profile}"
+        if error is None:
+            continue
+        if error is _UNSEEN:
+            if maker:
+                found.append(f"{artifact.key}: {artifact.value} must be there; to make it:  {command}")
+        elif maker and job.executor == "local":
+            found.append(f"{artifact.key}: {artifact.value} is not there yet; {command} runs first")
+        else:
+            error = _nobody_makes(step, composed, artifact, error)
+            hint = f"make it:  {command}" if command else (error.hint or "").replace("\n", "; ")
+            found.append(f"{error.message}" + (f"; {hint}" if hint else ""))
+    return found
+
+
+_UNSEEN = UserError("it lies where only the job sees it")
+Locator = Callable[[str, str], "Path | None"]
+
+
+def _locator(step: Step, job: Job, profile: Profile | None) -> Locator:
+    """Finds the file here that a path of the config means to the job; None where it lies on another machine."""
+    if job.executor == "local":
+        return lambda text, key: resolve_path(text, step.folder, key)
+    tunnel = (profile.data.get("tunnel") or {}) if profile else {}
+    here = job.executor == "slurm" and tunnel.get("type") == "local" and Path(job.workdir).is_dir()
+
+    def locate(text: str, key: str) -> Path | None:
+        if text.startswith("step://"):
+            return resolve_path(text, step.folder, key)
+        path = posixpath.join(job.workdir, text)
+        if here and (mount := crosschecks.covering(job.container.mounts, path)) is not None:
+            path = posixpath.join(mount.source, posixpath.relpath(path, mount.target))
+        return Path(path) if here else None
+
+    return locate
+
+
+def _consumed(
+    step: Step, composed: Composed, locate: Locator | None = None
+) -> Iterator[tuple[Artifact, UserError | None]]:
+    """The artifacts that the config binds, each with why it cannot be consumed, _UNSEEN or None."""
     types = load_artifacts()
+    find = locate or (lambda text, key: resolve_path(text, step.folder, key))
     for port in step.consumes:
         value = composed.get(port.key)
         if value is None:
@@ -96,12 +146,16 @@ def _consumed(step: Step, composed: Composed) -> Iterator[tuple[Artifact, UserEr
         artifact = Artifact(port.type, port.required, port.key, value)
         try:
             if is_a(types, port.type, "training_jsonl"):
-                _check_data(step, artifact)
-            elif port.type == "checkpoint_megatron":
-                resolve_checkpoint(resolve_path(str(value), step.folder, port.key), where=port.key)
+                _check_data(artifact, find)
             elif not (port.type == "checkpoint_hf" and is_hub_id(str(value))):
-                path = resolve_path(str(value), step.folder, port.key)
-                if not path.exists():
+                path = find(str(value), port.key)
+                if path is None:
+                    raise _UNSEEN
+                if port.type == "checkpoint_megatron":
+                    from nemotron_launch.trainer.checkpoints import resolve_checkpoint
+
+                    resolve_checkpoint(path, where=port.key)
+                elif not path.exists():
                     raise UserError(f"there is no {port.type} {value}", where=port.key)
         except UserError as error:
             yield artifact, error
@@ -109,10 +163,16 @@ def _consumed(step: Step, composed: Composed) -> Iterator[tuple[Artifact, UserEr
             yield artifact, None
 
 
-def _check_data(step: Step, artifact: Artifact) -> None:
+def _check_data(artifact: Artifact, find: Locator) -> None:
+    import glob
+
     entries = artifact.value if isinstance(artifact.value, list) else [artifact.value]
     for entry in entries:
-        path = resolve_path(str(entry), step.folder, artifact.key)
+        path = find(str(entry), artifact.key)
+        if path is None:
+            if is_hub_id(str(entry)) and Path(entry).suffix not in _DATA_SUFFIXES:
+                continue
+            raise _UNSEEN
         if path.exists() or glob.glob(str(path), recursive=True):
             continue
         if is_hub_id(str(entry)) and path.suffix not in _DATA_SUFFIXES:

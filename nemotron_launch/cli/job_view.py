@@ -159,6 +159,7 @@ def _code(job: Job) -> str:
     return f"{made.file}, {made.size / 1024:.0f} KiB{state}"
 
 
+_LONGEST_LINE = 2000
 _LANGUAGES = {".json": "json", ".yaml": "yaml", ".sh": "bash", ".sbatch": "bash"}
 
 
@@ -169,6 +170,14 @@ def _print_files(compiled: Compiled) -> None:
 
     console = Console()
     for file in compiled.rendered.files:
+        if compiled.job.executor == "local" and file.path != compiled.rendered.main:
+            continue  # the script writes it, so it has been seen
         console.print(Rule(file.path, align="left"))
         language = _LANGUAGES.get(Path(file.path).suffix, "text")
-        console.print(Syntax(file.text, language, background_color="default", word_wrap=True))
+        text = "\n".join(_cut(line) for line in file.text.splitlines())
+        console.print(Syntax(text, language, background_color="default", word_wrap=True))
+
+
+def _cut(line: str) -> str:
+    """A line that a person can look at: a Lepton job carries its code in a few very long ones."""
+    return line if len(line) <= _LONGEST_LINE else f"{line[:80]}… ({len(line)} characters)"

@@ -228,7 +228,7 @@ def _dry_run(
     run_id: str | None,
     output: str | None,
 ) -> None:
-    if profile is None and output is None:
+    if profile is None and output is None and not sys.stdout.isatty():
         from nemotron_launch.plan import compose_for, plan_job
 
         composed = compose_for(step, config, overrides)
@@ -248,13 +248,7 @@ def _print_composed(job: Job, data: dict[str, Any]) -> None:
     from nemotron_launch.config.yaml_files import dump
 
     head = [f"{job.step} -c {job.config}, on this machine", shlex.join(job.command)]
-    text = "".join(f"# {line}\n" for part in head for line in part.splitlines()) + dump(data)
-    if sys.stdout.isatty():
-        from nemotron_launch.cli.tables import print_yaml
-
-        print_yaml(text)
-    else:
-        click.echo(text, nl=False)
+    click.echo("".join(f"# {line}\n" for part in head for line in part.splitlines()) + dump(data), nl=False)
 
 
 def _refuse_to_submit(profile: Profile) -> NoReturn:

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 from functools import cache
 from pathlib import Path
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 from nemotron_launch.errors import UserError
 
@@ -36,6 +33,10 @@ def hub_is_offline() -> bool:
     True where HF_HUB_OFFLINE says so, or where the hub's host has no address: the client would otherwise
     retry every file for half a minute before it says the same. Behind a proxy the name need not resolve here.
     """
+    import socket  # here, for the launcher has no use for them
+    from urllib.parse import urlsplit
+    from urllib.request import getproxies
+
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
         return True
     if getproxies():
