@@ -155,10 +155,6 @@ def _shared_gpus(job: Job) -> int:
 
 
 def _check_job_dir(job: Job, profile: Profile) -> None:
-    if not job.run_dir.startswith("/"):
-        raise profile.problem(
-            "remote_job_dir", f"remote_job_dir {job.workdir} is not absolute", "it is a path there, not here"
-        )
     if job.executor == "lepton" and covering(job.container.mounts, job.workdir) is None:
         raise profile.problem(
             "remote_job_dir",
