@@ -73,7 +73,7 @@ def test_services_on_one_node_need_ports_of_their_own() -> None:
 
 
 def test_this_machine_has_no_node_for_a_service_of_its_own() -> None:
-    assert "this machine is one node" in refused(None, SERVE, "run.services.judge.nodes=1").message
+    assert "this machine is one node" in refused(None, SERVE, "+run.services.judge.nodes=1").message
 
 
 def test_a_shape_must_have_the_gpus(tmp_path: Path) -> None:
