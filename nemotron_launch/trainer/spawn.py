@@ -250,7 +250,8 @@ class _Watch:
             self.cut_short = True
         else:
             self.first = child
-            if child.code != BAD_INPUT and -child.code not in self.asked:
+            said_itself = child.rank == 0 and child.code == FAILED  # it has the terminal
+            if child.code != BAD_INPUT and -child.code not in self.asked and not said_itself:
                 _say_failed(child)
         self.term_at = now + self.launch.grace_seconds
         self.kill_at = now + 2 * self.launch.grace_seconds
@@ -437,6 +438,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         _say(str(file_error(error)))
         return file_error(error).exit_code
+    except KeyboardInterrupt:  # while we wait for the output folder
+        return KILLED_BY_USER
 
 
 if __name__ == "__main__":
