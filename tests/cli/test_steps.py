@@ -217,10 +217,10 @@ def test_the_readmes_misspelt_key_is_refused_with_its_line(tmp_path: Path, nemot
     )
 
 
-def in_terminal(*arguments: str) -> str:
-    """What the command shows on a terminal."""
+def in_terminal(*arguments: str, **more: str) -> str:
+    """What the command shows on a terminal; `more` goes into its environment."""
     main, side = pty.openpty()
-    env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "TERM": "xterm", "COLUMNS": "160"}
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "TERM": "xterm", "COLUMNS": "160", **more}
     command = [sys.executable, "-m", "nemotron_launch", *arguments]
     process = subprocess.Popen(command, stdout=side, stderr=side, stdin=side, env=env)
     os.close(side)
