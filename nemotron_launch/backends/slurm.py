@@ -105,7 +105,7 @@ def _values(job: Job, image: images.Image | None) -> dict[str, Any]:
         "interface": _word(job.options["interface"], "interface") if job.options.get("interface") else "",
         "hang_timeout": int(job.options.get("hang_timeout") or 0),
         "metrics": _word(posixpath.join(job.workdir, job.output_dir, "metrics.jsonl"), "output_dir"),
-        "image_uri": _word(image.uri, "image") if image else "",
+        "image_uri": _word(image.uri, "image") if image and image.uri else "",
         "image_path": _image_path(job, image, image_dir) if image else "",
         "services": [_service(job, n) for n in range(len(job.services))],
         "trainer": _Step(

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import socket
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from nemotron_launch.backends.slurm import CLAIMED
-from nemotron_launch.job import Service
+from nemotron_launch.job import Container, Mount, Service
+from nemotron_launch.quoting import sbatch
 from tests.slurm.cluster import Cluster
 from tests.slurm.runs import Run, new_run
 
@@ -278,3 +282,50 @@ def test_a_service_that_never_answers_ends_the_attempt(run: NewRun) -> None:
     job.submit()
     assert job.end()["ExitCode"] == "1:0", job.all()
     assert "service judge was not ready within 2 s" in job.out()
+
+
+# Containers, and what users write.
+
+
+def test_a_charliecloud_image_gives_its_variables_and_ours_win(run: NewRun, tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    for folder in ("usr", "lib", "lib64", "bin", "etc", "proc", "sys", "dev", "tmp", "root", "ch", str(tmp_path)[1:]):
+        (tree / folder).mkdir(parents=True, exist_ok=True)
+    for file in ("passwd", "group", "hosts", "resolv.conf"):
+        (tree / "etc" / file).touch()
+    (tree / "ch" / "environment").write_text("GREETING=good day\nCOLOUR=red\n")
+    image = tmp_path / "image.sqsh"
+    subprocess.run(["mksquashfs", tree, image, "-quiet", "-no-progress"], check=True, stdout=subprocess.DEVNULL)
+    # The machine's own programs, bound into an empty image.
+    mounts = tuple(Mount(path, path) for path in ("/usr", "/lib", "/lib64", "/bin", str(tmp_path)))
+    show = "print(os.environ['GREETING'], os.environ['COLOUR'], os.getcwd(), os.path.exists('/etc/debian_version'))"
+    job = run(command=("/usr/bin/python3", "-c", "import os; " + show), env={"COLOUR": "blue"},
+              container=Container("charliecloud", str(image), mounts))  # fmt: skip
+    job.submit()
+    assert job.end()["JobState"] == "COMPLETED", job.all()
+    assert job.log().splitlines()[-1] == f"good day blue {job.job.workdir} False"
+
+
+def test_a_container_image_that_is_not_there_is_named(run: NewRun) -> None:
+    job = run(container=Container("charliecloud", "/nowhere/image.sqsh"))
+    job.submit()
+    assert job.end()["ExitCode"] == "2:0", job.all()
+    assert "error: no image /nowhere/image.sqsh" in job.out()
+
+
+def test_any_comment_arrives_as_it_was_written(cluster: Cluster, tmp_path: Path) -> None:
+    """Slurm's own parser of `#SBATCH` lines, asked instead of read."""
+    script = tmp_path / "comment.sbatch"
+
+    @settings(deadline=None, max_examples=40)
+    @given(st.text(st.sampled_from(" \\'\"#%$`!&|;{}()[]*?~-=,:/aü漢"), max_size=12).map(lambda text: f"<{text}>"))
+    def arrives(comment: str) -> None:
+        script.write_text(f"#!/bin/bash\n#SBATCH --hold\n#SBATCH --comment={sbatch(comment)}\n")
+        job = cluster.submit(script)
+        try:
+            shown = cluster.run("squeue", "--noheader", f"--jobs={job}", "--Format=Comment:200")
+            assert shown.strip() == comment
+        finally:
+            cluster.run("scancel", job)
+
+    arrives()
