@@ -247,7 +247,7 @@ def _job(
     if step.entry.launch == "processes":
         spawn = ["-m", "nemotron_launch.trainer.spawn", "--procs", str(procs), "--output-dir", output_dir, "--"]
         command = [*spawn, *command]
-    template = str(data.get("template") or "")
+    template = os.path.normpath(str(data["template"])) if data.get("template") else ""
     return Job(
         run_id=run_id,
         name=_slug(step, composed),

@@ -1,0 +1,196 @@
+#!/bin/bash
+# rl/nemo_rl/rlhf -c default, profile lepton_rl_nemo_rl_rlhf, run rlhf-default
+# What each replica of the Lepton job runs; LEPTON_… variables say which one it is.
+# Strict: an error, an unset name or a failed part of a pipe ends the attempt.
+set -Eeuo pipefail
+say() { echo "$(date +%FT%T) node ${LEPTON_JOB_WORKER_INDEX:-0}: $*"; }
+fail() { say "error: $1"; exit "${2:-1}"; }
+
+# Where we are. Each attempt has a log folder of its own, so that none overwrites another's.
+run_dir=/mnt/shared/nemotron/rlhf-default
+workdir=/mnt/shared/nemotron
+node=${LEPTON_JOB_WORKER_INDEX:-0}
+attempt=${LEPTON_JOB_FAILURE_COUNT:-0}
+export NEMOTRON_LOG_DIR=$run_dir/logs/attempt-$attempt
+mkdir -p "$NEMOTRON_LOG_DIR" "$workdir"
+exec 3>&1 > >(trap '' TERM INT HUP USR1; exec tee -a "$NEMOTRON_LOG_DIR/node-$node.log") 2>&1
+copy=$!
+say "run rlhf-default, attempt $attempt, node $node of 2"
+
+# The end of an attempt: nothing is left running, and the exit code is where a client looks for it.
+trainer=
+declare -A services=()
+finish() {
+    local code=$? name
+    trap - ERR EXIT
+    trap '' TERM INT HUP USR1 USR2
+    set +e
+    exec 2> /dev/null
+    [[ -z $trainer ]] || kill -KILL "$trainer"
+    for name in "${!services[@]}"; do
+        kill -TERM -- "-${services[$name]}"
+    done
+    for name in "${!services[@]}"; do
+        for _ in {1..20}; do kill -0 -- "-${services[$name]}" || break; sleep 0.5; done
+        kill -KILL -- "-${services[$name]}"
+    done
+    echo "$code" > "$NEMOTRON_LOG_DIR/exit_code.node-$node.tmp"
+    mv "$NEMOTRON_LOG_DIR/exit_code.node-$node.tmp" "$NEMOTRON_LOG_DIR/exit_code.node-$node"
+    exec >&3
+    for _ in {1..50}; do kill -0 "$copy" || break; sleep 0.1; done
+    echo "nemotron-exit 2202600412f609f7 attempt=$attempt node=$node code=$code"
+    exit "$code"
+}
+trap finish EXIT
+trap 'say "asked to stop"; exit 85' TERM INT HUP USR1
+
+# Who our peers are.
+given=${LEPTON_JOB_TOTAL_WORKERS:-1}
+((given == 2)) || fail "the job needs 2 replicas, Lepton gave it $given"
+export NNODES=1 NODE_RANK=$node
+peer() { echo "${LEPTON_JOB_WORKER_PREFIX:?}-$1.${LEPTON_SUBDOMAIN:?}"; }
+MASTER_ADDR=$(peer 0)
+export MASTER_ADDR MASTER_PORT=29400
+NEMOTRON_SERVICE_JUDGE=$(peer 1):8000
+export NEMOTRON_SERVICE_JUDGE
+
+# Config and code, which the job's envs carry in base64: the very bytes that were compiled, or nothing starts.
+joined() { # variable parts
+    local i part
+    for ((i = 0; i < $2; i++)); do part=$1_$i; echo "${!part-}"; done | base64 -d
+}
+verify() { # file sha256 name
+    local found
+    found=$(sha256sum < "$1" | cut -c -64)
+    [[ $found == "$2" ]] || fail "$3 is not what was sent: its SHA-256 is $found, not $2"
+}
+place() { # file mode sha256 variable parts
+    local part=$run_dir/$1.node-$node
+    mkdir -p "${part%/*}"
+    (umask 077 && joined "$4" "$5" > "$part") || true
+    verify "$part" "$3" "$1"
+    chmod "$2" "$part"
+    mv "$part" "$run_dir/$1"
+}
+place config.yaml 600 eda227aa2992bbf35b21f2223fbb03f4f4f933fd841d7977157490f971244735 NEMOTRON_FILE_0 1
+if [[ ! -e $run_dir/code ]]; then
+    place code.tar.gz 600 0000000000000000000000000000000000000000000000000000000000000000 NEMOTRON_BUNDLE 1
+    fresh=$run_dir/.code.node-$node
+    rm -rf "$fresh"
+    mkdir "$fresh"
+    tar -xzf "$run_dir/code.tar.gz" -C "$fresh" --no-same-owner
+    echo 0000000000000000000000000000000000000000000000000000000000000000 > "$fresh/.sha256"
+    # Another replica may have been faster: then the folder is there, and whole.
+    mv -T "$fresh" "$run_dir/code" 2> /dev/null || rm -rf "$fresh"
+fi
+[[ $(< "$run_dir/code/.sha256") == 0000000000000000000000000000000000000000000000000000000000000000 ]] || fail "$run_dir/code holds other code: use another run id"
+unset "${!NEMOTRON_FILE_@}" "${!NEMOTRON_BUNDLE_@}"
+
+# Places that can be written: an image may have none. Compilers' caches stay on the node, models beside the runs.
+scratch=${TMPDIR:-/tmp}/nemotron-$(id -u)
+mkdir -p -m 700 "$scratch" && [[ -O $scratch ]] || scratch=$(mktemp -d)
+[[ -w ${HOME:-} ]] || export HOME=$scratch/home
+mkdir -p "$HOME"
+export HF_HOME=${HF_HOME-$workdir/hf}
+export XDG_CACHE_HOME=${XDG_CACHE_HOME-$scratch/cache} TRITON_CACHE_DIR=${TRITON_CACHE_DIR-$scratch/triton}
+export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR-$scratch/inductor}
+export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR-$scratch/extensions}
+export PYTHONPATH=$run_dir/code${PYTHONPATH:+:$PYTHONPATH}
+cd "$workdir"
+
+# What this image lacks shows now, not after the models are loaded.
+if ((node < 1)); then
+    python-MegatronPolicyWorker -m nemotron_launch.trainer.doctor --require train || fail "the trainer cannot run in this image"
+fi
+
+# The first replica may be late: images and nodes take their time.
+until getent hosts "$MASTER_ADDR" > /dev/null; do
+    ((SECONDS < 1800)) || fail "$MASTER_ADDR has no address after 1800 s: the first replica is not there"
+    sleep 1
+done
+
+# Services: started before the trainer, stopped with it; the death of one ends the attempt.
+serve() { # name command…
+    setsid "${@:2}" > "$NEMOTRON_LOG_DIR/$1-$node.log" 2>&1 &
+    services[$1]=$!
+}
+lives() { # name
+    kill -0 "${services[$1]}" 2> /dev/null && return
+    say "error: service $1 ended; the end of its log:"
+    tail -n 25 "$NEMOTRON_LOG_DIR/$1-$node.log"
+    return 1
+}
+answers() { # address path: 200 to a GET, or, without a path, an open port
+    # shellcheck disable=SC2016
+    timeout 5 bash -c 'exec 3<> "/dev/tcp/${1%:*}/${1##*:}" && [[ -z $2 ]] && exit 0
+        printf "GET %s HTTP/1.0\r\nHost: %s\r\n\r\n" "$2" "$1" >&3 && read -r _ status _ <&3 && [[ $status == 200* ]]' \
+        _ "$@" 2> /dev/null
+}
+await() { # name address path seconds
+    local end=$((SECONDS + $4))
+    until answers "$2" "$3"; do
+        [[ -z ${services[$1]-} ]] || lives "$1" || exit 1
+        ((SECONDS < end)) || fail "service $1 was not ready at $2 within $4 s"
+        sleep 1
+    done
+    say "service $1 is ready at $2"
+}
+if ((node >= 1 && node < 2)); then
+    serve judge env CUDA_VISIBLE_DEVICES=0,1,2,3,4,5,6,7 vllm serve Qwen/Qwen2.5-32B-Instruct --host=0.0.0.0 --port=8000 --tensor-parallel-size=4 --data-parallel-size=2 --max-model-len=16384 --gpu-memory-utilization=0.9
+fi
+
+# Replicas that only serve end when the first one no longer shows that the trainer is there.
+beacon=$MASTER_ADDR:29401
+if ((node == 0)); then
+    serve beacon python-MegatronPolicyWorker -m http.server 29401 --directory "$(mktemp -d)"
+elif ((node >= 1)); then
+    await beacon "$beacon" '' 1800
+    missed=0
+    while ((missed < 6)); do
+        for name in "${!services[@]}"; do lives "$name" || exit 1; done
+        answers "$beacon" '' && missed=0 || missed=$((missed + 1))
+        sleep 10 &
+        wait $! || true
+    done
+    say "the trainer has ended"
+    exit 0
+fi
+await judge "$NEMOTRON_SERVICE_JUDGE" /health 1800
+
+# Launch. A signal goes to the trainer, which saves and ends with 85.
+python-MegatronPolicyWorker -m nemotron_launch.trainer.spawn --procs 8 --output-dir /mnt/shared/nemotron/output/rl/rlhf-default -- /mnt/shared/nemotron/rlhf-default/code/steps/rl/nemo_rl/rlhf/train.py --config /mnt/shared/nemotron/rlhf-default/config.yaml &
+trainer=$!
+tell() { kill -s "$1" "$trainer" 2> /dev/null || true; }
+trap 'tell TERM' TERM INT HUP
+trap 'tell USR1' USR1
+trap 'tell USR2' USR2
+
+# Lepton knows no time limit, so it is kept here: 14400 s, of which the last 300 s are to save.
+save_at=14100
+stop_at=14400
+told=
+service_ended=
+while kill -0 "$trainer" 2> /dev/null; do
+    sleep 0.5 &
+    wait $! || true
+    for name in "${!services[@]}"; do
+        [[ -n $service_ended ]] || lives "$name" || { service_ended=yes && stop_at=$SECONDS; }
+    done
+    if ((SECONDS >= stop_at + 30)); then
+        tell KILL
+    elif ((SECONDS >= stop_at)) && [[ $told != TERM ]]; then
+        told=TERM
+        say "the trainer has 30 s to end"
+        tell TERM
+    elif ((SECONDS >= save_at)) && [[ -z $told ]]; then
+        told=USR1
+        say "300 s until the time limit: the trainer shall save and stop"
+        tell USR1
+    fi
+done
+trap '' TERM INT HUP USR1 USR2
+code=0
+wait "$trainer" || code=$?
+trainer=
+[[ -z $service_ended ]] || code=1
+exit "$code"
