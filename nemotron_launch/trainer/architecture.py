@@ -16,6 +16,17 @@ from nemotron_launch.errors import UserError
 
 FILE_NAME = "architecture.json"
 FAMILIES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+# What `config.json` may say where transformers has variants of these families.
+SUPPORTED: Mapping[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu",),
+    "mlp_bias": (False,),
+    "use_sliding_window": (False,),
+    "attention_bias": (False,),
+    "partial_rotary_factor": (1.0,),
+    # The others of transformers change their frequencies with the sequence's length.
+    "rope_type": ("default", "linear", "llama3", "yarn"),
+}
+_SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size")
 
 
 @dataclass(frozen=True)
@@ -81,8 +92,8 @@ def inline_architecture(section: Mapping[str, Any], *, tokenizer_vocab_size: int
 def hf_architecture(config: Mapping[str, Any], *, where: str) -> Architecture:
     """The architecture that a Hugging Face `config.json` of type Llama, Qwen2 or Qwen3 describes.
 
-    Raises UserError for another model type, or for a variant whose maths differs (attention bias on the output
-    projection, MLP bias, sliding windows, another activation).
+    Raises UserError for another model type, for a variant whose maths differs (attention bias on the output
+    projection, MLP bias, sliding windows, another activation, partly rotated heads), or where a size is missing.
     """
     kind = config.get("model_type")
     if kind not in FAMILIES:
@@ -91,19 +102,25 @@ def hf_architecture(config: Mapping[str, Any], *, where: str) -> Architecture:
             where=where,
             hint=f"supported: {', '.join(FAMILIES)} (dense); others go through Megatron-Bridge in a GPU container",
         )
-    refused = {
-        "hidden_act": config.get("hidden_act", "silu") != "silu",
-        "mlp_bias": bool(config.get("mlp_bias")),
-        "use_sliding_window": bool(config.get("use_sliding_window")),
-        "attention_bias": kind in ("llama", "qwen3") and bool(config.get("attention_bias")),
-    }
-    for key, bad in refused.items():
-        if bad:
-            raise UserError(f"{key}={config[key]!r} is not supported", where=where)
+    if absent := [key for key in _SIZES if not isinstance(config.get(key), int)]:
+        raise UserError(f"has no {absent[0]}", where=where)
     # transformers 5 writes rope_parameters; earlier versions rope_theta and rope_scaling.
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    theta = rope.pop("rope_theta", None) or config.get("rope_theta", 10000.0)
-    rope_type = rope.get("rope_type") or rope.pop("type", None) or "default"
+    theta = rope.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
+    old_type = rope.pop("type", None)
+    rope_type = rope.get("rope_type") or old_type or "default"
+    rotated = rope.pop("partial_rotary_factor", None) or config.get("partial_rotary_factor") or 1.0
+    variant = {
+        "hidden_act": config.get("hidden_act") or "silu",
+        "mlp_bias": bool(config.get("mlp_bias")),
+        "use_sliding_window": bool(config.get("use_sliding_window")),
+        "attention_bias": kind != "qwen2" and bool(config.get("attention_bias")),
+        "partial_rotary_factor": rotated,
+        "rope_type": rope_type,
+    }
+    for key, value in variant.items():
+        if value not in SUPPORTED[key]:
+            raise UserError(f"{key}={value!r} is not supported", where=where)
     scaling = None if rope_type == "default" else {**rope, "rope_type": rope_type}
     heads = config["num_attention_heads"]
     return Architecture(
@@ -113,7 +130,8 @@ def hf_architecture(config: Mapping[str, Any], *, where: str) -> Architecture:
         num_key_value_heads=config.get("num_key_value_heads") or heads,
         intermediate_size=config["intermediate_size"],
         vocab_size=config["vocab_size"],
-        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+        # What transformers takes where it is left out.
+        head_dim=config.get("head_dim") or (128 if kind == "qwen3" else config["hidden_size"] // heads),
         rope_theta=float(theta),
         rope_scaling=scaling,
         rms_norm_eps=config.get("rms_norm_eps", 1e-6),

@@ -5,10 +5,12 @@ Legend: H hidden size, h query heads, g key-value heads, d head dimension.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -17,6 +19,8 @@ from nemotron_launch.errors import UserError
 from nemotron_launch.trainer.architecture import Architecture, hf_architecture, hf_config
 
 Read = Callable[[str], Tensor]
+INDEX = "model.safetensors.index.json"
+VOCABULARIES = ("embedding.word_embeddings.weight", "output_layer.weight")
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 _SAME = {
     "input_layernorm.weight": "input_layernorm.weight",
@@ -64,7 +68,8 @@ def from_hf(name: str, layer_offset: int, a: Architecture, read: Read) -> Tensor
     if rest == "mlp.linear_fc1.weight":
         return torch.cat([read(prefix + "mlp.gate_proj.weight"), read(prefix + "mlp.up_proj.weight")])
     kind = rest.removeprefix("self_attention.linear_qkv.")
-    return fuse_qkv(*(read(f"{prefix}self_attn.{x}_proj.{kind}") for x in "qkv"), a)
+    q, k, v = (read(f"{prefix}self_attn.{x}_proj.{kind}") for x in "qkv")
+    return fuse_qkv(q, k, v, a)
 
 
 def to_hf(name: str, value: Tensor, a: Architecture) -> Iterator[tuple[str, Tensor]]:
@@ -94,16 +99,36 @@ def to_hf(name: str, value: Tensor, a: Architecture) -> Iterator[tuple[str, Tens
             yield f"{prefix}self_attn.{x}_proj.{kind}", part
 
 
+def hf_shape(name: str, a: Architecture) -> tuple[int, ...]:
+    """The shape that a Hugging Face tensor of this name has."""
+    query, key_value = a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
+    module, kind = name.split(".")[-2:]
+    rows, columns = {
+        "embed_tokens": (a.vocab_size, a.hidden_size),
+        "lm_head": (a.vocab_size, a.hidden_size),
+        "q_proj": (query, a.hidden_size),
+        "k_proj": (key_value, a.hidden_size),
+        "v_proj": (key_value, a.hidden_size),
+        "o_proj": (a.hidden_size, query),
+        "gate_proj": (a.intermediate_size, a.hidden_size),
+        "up_proj": (a.intermediate_size, a.hidden_size),
+        "down_proj": (a.hidden_size, a.intermediate_size),
+        "q_norm": (a.head_dim, None),
+        "k_norm": (a.head_dim, None),
+    }.get(module, (a.hidden_size, None))
+    return (rows,) if kind == "bias" or columns is None else (rows, columns)
+
+
 def shard(value: Tensor, parameter: torch.nn.Parameter, name: str, *, size: int, rank: int) -> Tensor:
     """This tensor-parallel rank's part of a whole parameter, vocabularies padded with zeros first."""
     if not getattr(parameter, "tensor_model_parallel", False):
         return value
-    dim = parameter.partition_dim  # type: ignore[attr-defined]
+    dim: int = parameter.partition_dim  # type: ignore[attr-defined]
     if name.endswith("linear_fc1.weight"):  # gate and up are sharded each by itself
         return torch.cat([half.chunk(size, dim)[rank] for half in value.chunk(2)])
-    missing = parameter.shape[dim] * size - value.shape[dim]
-    if missing:
-        value = torch.cat([value, value.new_zeros(missing, *value.shape[1:])])
+    if name in VOCABULARIES:
+        padding = parameter.shape[0] * size - len(value)
+        value = torch.cat([value, value.new_zeros(padding, value.shape[1])]) if padding else value
     return value.chunk(size, dim)[rank]
 
 
@@ -111,14 +136,13 @@ def shard(value: Tensor, parameter: torch.nn.Parameter, name: str, *, size: int,
 def load_weights(model: torch.nn.Module, a: Architecture, read: Read, *, size: int, rank: int) -> None:
     """Fill a stage of the policy from Hugging Face tensors, a parameter at a time, so that memory stays low.
 
-    model: the GPTModel of this rank. Raises UserError where shapes differ.
+    model: the GPTModel of this rank; size and rank: of tensor parallelism.
     """
-    layers = model.decoder.layers  # type: ignore[union-attr]
-    offset = layers[0].layer_number - 1 if len(layers) else 0  # type: ignore[index, arg-type]
+    layers: Any = cast(Any, model).decoder.layers
+    offset = layers[0].layer_number - 1 if len(layers) else 0
     for name, parameter in model.named_parameters():
         value = shard(from_hf(name, offset, a, read), parameter, name, size=size, rank=rank)
-        if value.shape != parameter.shape:
-            raise UserError(f"{name} has shape {tuple(value.shape)}, the policy {tuple(parameter.shape)}")
+        assert value.shape == parameter.shape, f"{name}: {tuple(value.shape)} for {tuple(parameter.shape)}"
         parameter.copy_(value)
 
 
@@ -133,44 +157,108 @@ def read_config(folder: Path) -> Architecture:
     path = folder / "config.json"
     if not path.exists():
         raise UserError("is not a Hugging Face model folder: it has no config.json", where=str(folder))
-    return hf_architecture(json.loads(path.read_text()), where=str(path))
+    return hf_architecture(_read_json(path), where=str(path))
 
 
-def open_weights(folder: Path) -> Read:
-    """A reader of the folder's safetensors, sharded or not; tensors are mapped, not loaded, until asked for."""
-    from safetensors import safe_open
+def open_weights(folder: Path, a: Architecture) -> Read:
+    """A reader of the folder's safetensors, in one file or several; tensors are mapped, not loaded, until asked for.
 
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        places = json.loads(index.read_text())["weight_map"]
+    Raises UserError, here or when it reads, where a tensor is missing, unreadable or not of the architecture's shape.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    open_files: dict[str, Any] = {}
+
+    def opened(file_name: str) -> Any:
+        if file_name not in open_files:
+            try:
+                open_files[file_name] = safe_open(folder / file_name, "pt").__enter__()
+            except (OSError, SafetensorError) as error:
+                raise UserError(f"cannot be read as safetensors: {error}", where=str(folder / file_name)) from error
+        return open_files[file_name]
+
+    if (folder / INDEX).exists():
+        places = dict(_read_json(folder / INDEX).get("weight_map") or {})
     elif (folder / "model.safetensors").exists():
-        with safe_open(folder / "model.safetensors", "pt") as file:
-            places = dict.fromkeys(file.keys(), "model.safetensors")
+        places = dict.fromkeys(opened("model.safetensors").keys(), "model.safetensors")
     else:
         raise UserError(
             "has no model.safetensors",
             where=str(folder),
             hint="save it with transformers' save_pretrained(…, safe_serialization=True)",
         )
-    open_files: dict[str, object] = {}
 
     def read(name: str) -> Tensor:
         if name not in places:
             raise UserError(f"has no tensor {name}", where=str(folder))
-        file_name = places[name]
-        if file_name not in open_files:
-            open_files[file_name] = safe_open(folder / file_name, "pt").__enter__()
-        return open_files[file_name].get_tensor(name)  # type: ignore[attr-defined]
+        value: Tensor = opened(places[name]).get_tensor(name)
+        if value.shape != hf_shape(name, a):
+            raise UserError(
+                f"{name} has shape {list(value.shape)}, config.json makes it {list(hf_shape(name, a))}",
+                where=str(folder / places[name]),
+            )
+        return value
 
     return read
 
 
-def save_folder(model: torch.nn.Module, a: Architecture, folder: Path, *, dtype: torch.dtype | None = None) -> None:
-    """Write a whole policy as a Hugging Face folder: config.json and model.safetensors."""
+def save_folder(
+    model: torch.nn.Module,
+    a: Architecture,
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    max_file_bytes: int = 5 << 30,
+) -> None:
+    """Write a whole policy as a Hugging Face folder: safetensors in files of at most max_file_bytes, then config.json.
+
+    Holds one file's tensors beside the model. Raises UserError where the folder holds a model already.
+    """
     from safetensors.torch import save_file
 
+    if (folder / "config.json").exists():
+        raise UserError("holds a model already", where=str(folder), hint="name a folder that does not exist")
     folder.mkdir(parents=True, exist_ok=True)
-    config = hf_config(a) | {"torch_dtype": str(dtype or next(model.parameters()).dtype).removeprefix("torch.")}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    tensors = {name: value.to(dtype or value.dtype).contiguous().cpu() for name, value in export_weights(model, a)}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    for left_over in folder.glob("model*.safetensors*"):  # of an export that broke off
+        left_over.unlink()
+    dtype = dtype or next(model.parameters()).dtype
+    numbers, total = _files(model, a, dtype, max_file_bytes)
+    count = max(numbers.values())
+    names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    if count == 1:
+        names = ["model.safetensors"]
+    for number, part in itertools.groupby(export_weights(model, a), lambda named: numbers[named[0]]):
+        tensors = {name: value.to(device="cpu", dtype=dtype).contiguous() for name, value in part}
+        save_file(tensors, folder / names[number - 1], metadata={"format": "pt"})
+    if count > 1:
+        places = {name: names[number - 1] for name, number in numbers.items()}
+        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+    _write_json(folder / "config.json", hf_config(a) | {"torch_dtype": str(dtype).removeprefix("torch.")})
+
+
+def _files(model: torch.nn.Module, a: Architecture, dtype: torch.dtype, most: int) -> tuple[dict[str, int], int]:
+    """Which file, from 1, each tensor goes into, in model order; and the bytes of all."""
+    numbers: dict[str, int] = {}
+    number, used, total = 1, 0, 0
+    for parameter_name, parameter in model.named_parameters():
+        for name, value in to_hf(parameter_name, torch.empty_like(parameter, dtype=dtype, device="meta"), a):
+            if used and used + value.nbytes > most:
+                number, used = number + 1, 0
+            numbers[name] = number
+            used += value.nbytes
+            total += value.nbytes
+    return numbers, total
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"is not JSON: {error}", where=str(path)) from error
+    if not isinstance(values, dict):
+        raise UserError("holds no mapping", where=str(path))
+    return values
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -182,7 +182,7 @@ def load(policy: Policy, start: WarmStart) -> None:
     elif start.kind == "hf":
         assert start.path is not None
         layout = policy.layout
-        read = hf.open_weights(start.path)
+        read = hf.open_weights(start.path, policy.architecture)
         hf.load_weights(policy.gpt, policy.architecture, read, size=layout.tensor, rank=layout.tensor_rank)
 
 

@@ -43,7 +43,7 @@ def main() -> None:
     numerics = Numerics(recompute_granularity="full" if args.recompute else None)
     architecture = hf.read_config(args.model)
     policy = Policy(architecture, layout, numerics)
-    read = hf.open_weights(args.model)
+    read = hf.open_weights(args.model, architecture)
     hf.load_weights(policy.gpt, architecture, read, size=layout.tensor, rank=layout.tensor_rank)
 
     def make(groups: list[Group]):

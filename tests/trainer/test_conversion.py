@@ -6,9 +6,7 @@ import pytest
 import torch
 from models import VOCAB, batch_of, hf_model, pairs, policy_of
 
-from nemotron_launch.errors import UserError
 from nemotron_launch.trainer import hf
-from nemotron_launch.trainer.architecture import hf_architecture
 from nemotron_launch.trainer.batch import Group
 
 SHAPES = [(family, tied) for family in ("llama", "qwen2", "qwen3") for tied in (False, True)]
@@ -82,10 +80,3 @@ def test_a_shared_prompt_changes_no_log_probability(layout, share_prompt):
         hf_logps(model, torch.as_tensor(ids))[group.prompt_len - 1 :].sum() for group in groups for ids in group.ids
     ]
     torch.testing.assert_close(got.double(), torch.stack(expected), atol=2e-5, rtol=1e-6)
-
-
-def test_architectures_that_compute_something_else_are_refused():
-    with pytest.raises(UserError, match="mixtral"):
-        hf_architecture({"model_type": "mixtral"}, where="config.json")
-    with pytest.raises(UserError, match="hidden_act"):
-        hf_architecture({"model_type": "llama", "hidden_act": "gelu"}, where="config.json")
