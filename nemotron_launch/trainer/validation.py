@@ -98,6 +98,7 @@ class GenerationCheck:
                 totals[3:] += self._kl(policy, texts, sampled, reference)
         parallel.sum_over_data(totals)
         right_, tokens_, count, kl, kl_tokens = totals.tolist()
+        count = max(count, 1)  # none where every held-out prompt is too long
         result = {"exact_match": right_ / count, "response_length_mean": tokens_ / count}
         if reference is not None:
             result["kl_to_reference"] = kl / max(kl_tokens, 1)
