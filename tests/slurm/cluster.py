@@ -1,7 +1,7 @@
 """A real Slurm on this machine: four nodes in namespaces of their own, GPUs that are /dev/null, started in a moment.
 
 Nodes share the file system, except `<root>/local`, which each has for itself. Everything lies below one folder; what
-was started is ended, and nothing else. Needs root, and the Debian packages slurm-wlm and munge.
+was started is ended, and nothing else. Needs root, and the Debian packages in PACKAGES.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 WAIT = 60.0  # seconds, for what takes a few on an idle machine
-PROGRAMS = ("sbatch", "srun", "slurmctld", "slurmd", "munged", "unshare")
+PROGRAMS = ("sbatch", "srun", "slurmctld", "slurmd", "munged", "unshare", "ch-run", "mksquashfs")
+PACKAGES = "slurm-wlm munge charliecloud squashfs-tools"
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "BOOT_FAIL"}
 
 
@@ -208,7 +209,7 @@ def _free_ports(count: int) -> list[int]:
 def missing() -> str:
     """What stands in the way of a cluster here, and what to do; empty when nothing does."""
     if absent := [program for program in PROGRAMS if not shutil.which(program)]:
-        return f"no {', '.join(absent)} here: apt-get install --no-install-recommends slurm-wlm munge"
+        return f"no {', '.join(absent)} here: apt-get install --no-install-recommends {PACKAGES}"
     if os.geteuid():
         return "a cluster of namespaces is started by root"
     return ""
