@@ -49,7 +49,7 @@ def compile_job(
     composed = compose_for(step, config, overrides, profile, env=env)
     job = plan_job(step, composed, profile, passthrough, run_id=run_id, attached=attached, origin=origin)
     warnings = crosschecks.warnings(job, composed, profile)
-    if origin is HERE:
+    if origin is HERE and (composed.get("run.make_missing") or Path(job.workdir).is_dir()):
         from nemotron_launch.inputs import notes
 
         warnings += notes(step, composed, job, profile)

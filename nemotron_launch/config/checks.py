@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from nemotron_launch.config.checks_grpo import check_grpo
 from nemotron_launch.config.checks_policy import (
     Problem,
     check_batch,
@@ -37,6 +36,8 @@ def check(step_id: str, data: dict[str, Any]) -> list[Problem]:
     A step whose loop is not known here has no problems.
     """
     if step_id in ROLLOUTS:
+        from nemotron_launch.config.checks_grpo import check_grpo
+
         return list(check_grpo(data))
     if step_id not in LOOPS:
         return []

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+from nemotron_launch import cache
 from nemotron_launch.config import tree
 from nemotron_launch.config.tree import DEFAULT, Node
 from nemotron_launch.errors import UserError
@@ -51,10 +52,17 @@ def load_schema(path: Path) -> Schema:
     known = _loaded.get(path)
     if known and all(_changed_ns(file) == when for file, when in known[0].items()):
         return known[1]
-    files: dict[Path, Any] = {}
-    inlined = _inline(_json(path, files), path, files, ())
+    kept = cache.remembered("schema", path)
+    if kept is not None:
+        names, inlined = kept
+        read = [Path(name) for name in names]
+    else:
+        files: dict[Path, Any] = {}
+        inlined = _inline(_json(path, files), path, files, ())
+        read = list(files)
+        cache.remember("schema", path, read, [[str(file) for file in read], inlined])
     schema = Schema(path, inlined)
-    _loaded[path] = ({file: _changed_ns(file) for file in files}, schema)
+    _loaded[path] = ({file: _changed_ns(file) for file in read}, schema)
     return schema
 
 

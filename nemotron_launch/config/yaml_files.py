@@ -6,12 +6,9 @@ the file changes, and data that is plain words and numbers is written here; the 
 
 from __future__ import annotations
 
-import json
 import re
-import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +17,6 @@ from nemotron_launch.config.tree import Node, Source
 from nemotron_launch.errors import UserError
 from nemotron_launch.resources import display
 
-_FORMAT = 1  # a new number forgets what older versions have kept
-_SETTLED = 2.0  # seconds after which a change can no longer hide behind an equal time stamp
 # Words that PyYAML writes without quotes and every reader takes for text, unless they are in _NOT_TEXT.
 _PLAIN = re.compile(r"(?:[A-Za-z_/]|\./)[\w./@+-]*(?:(?: |:)[\w./@+-]+)*", re.ASCII)
 _NOT_TEXT = frozenset(("y", "n", "yes", "no", "on", "off", "true", "false", "null"))
@@ -91,24 +86,13 @@ def _kept(
     path: Path, kind: str, parse: Callable[[], Any], *, encode: Callable[[Any], Any], decode: Callable[[Any], Any]
 ) -> Any:
     """What `parse` makes of a file, from the cache where the file is still the same."""
-    try:
-        stat = path.stat()
-    except OSError:
-        return parse()
-    key = f"{kind} {path.absolute()}"
-    stamp = [_FORMAT, key, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
-    folder = cache.folder("yaml")
-    # As many files as there are names of three digits, however many configs come and go.
-    kept = folder / f"{sha256(key.encode('utf-8', 'surrogateescape')).hexdigest()[:3]}.json" if folder else None
-    if kept:
-        with suppress(OSError, ValueError, TypeError, KeyError, IndexError):
-            found, data = json.loads(kept.read_bytes())
-            if found == stamp:
-                return decode(data)
+    data = cache.remembered(kind, path)
+    if data is not None:
+        with suppress(ValueError, TypeError, AttributeError):
+            return decode(data)
     value = parse()
-    if kept and time.time() - max(stat.st_mtime, stat.st_ctime) > _SETTLED:
-        with suppress(_NotPlain):
-            cache.write(kept, json.dumps([stamp, encode(value)]).encode())
+    with suppress(_NotPlain):
+        cache.remember(kind, path, [path], encode(value))
     return value
 
 

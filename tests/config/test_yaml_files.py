@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from nemotron_launch.config import yaml_files, yaml_reader
+from nemotron_launch import cache
+from nemotron_launch.config import yaml_reader
 from nemotron_launch.config.tree import Node, leaves, to_plain
 from nemotron_launch.config.yaml_files import dump, load_plain, load_tree, parse_tree
 from nemotron_launch.errors import UserError
@@ -159,7 +160,7 @@ def test_any_data_is_written_as_pyyaml_writes_it(data: dict[str, object]) -> Non
 
 def kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let files count as settled at once: a file's change time cannot be set back."""
-    monkeypatch.setattr(yaml_files, "_SETTLED", -1.0)
+    monkeypatch.setattr(cache, "SETTLED", -1.0)
 
 
 def test_a_file_is_parsed_once_and_again_when_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,7 +205,7 @@ def test_a_broken_cache_is_as_none(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     path = tmp_path / "f.yaml"
     path.write_text("a: 1\n")
     load_tree(path)
-    (found,) = (tmp_path / "cache/nemotron/yaml").iterdir()
+    (found,) = (tmp_path / "cache/nemotron/files").iterdir()
     found.write_bytes(content)
     assert to_plain(load_tree(path)) == {"a": 1}
 
@@ -212,7 +213,7 @@ def test_a_broken_cache_is_as_none(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_a_cache_that_others_may_write_to_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept(monkeypatch)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    folder = tmp_path / "cache/nemotron/yaml"
+    folder = tmp_path / "cache/nemotron/files"
     folder.mkdir(parents=True)
     folder.chmod(0o777)
     path = tmp_path / "f.yaml"
