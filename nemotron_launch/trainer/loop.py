@@ -150,51 +150,53 @@ def train(run: Run, progress: Progress) -> int:
 
     Raises UserError (exit code 1) where loss, gradient or weights are not finite: nothing of that step is saved.
     """
-    config, task, policy = run.config, run.task, run.policy
+    config, task = run.config, run.task
     if config.val_at_start and progress.step == 0:
         line = task.validate()
         _rank_value(run, line)
         run.metrics.log(0, 0, line)
-    first, began_first = progress.step, time.monotonic()
-    with run.metrics.progress(config.total_steps, progress.step):
+    first, began = progress.step, time.monotonic()
+    with run.metrics.progress(config.total_steps, first):
         while progress.step < config.total_steps:
             if progress.step == first and run.stop.agree(False, first):
                 log.info("asked to stop before step %d (exit code %d)", first + 1, exit_codes.RESUME_ME)
                 return exit_codes.RESUME_ME
-            began = time.monotonic()
-            indices = _batch(config, task.rows, progress.position)
-            batches, loss = task.train_batches(indices)
-            values = policy.train_step(batches, loss, task.metric_names)
-            not_finite = [name for name in ("loss", "grad_norm") if not math.isfinite(values[name])]
-            _stop_if(not_finite, progress.step + 1, run, indices)
-            elapsed = time.monotonic() - began
-            batch = task.describe(indices)
-            epoch = progress.position.epoch
-            progress.step += 1
-            progress.position = next_position(progress.position, task.rows, config.global_batch, drop_last=True)
-            progress.consumed_samples += len(indices)
-            progress.total_valid_tokens += int(batch["global_valid_toks"])
-            line = {f"train/{name}": value for name, value in (values | batch).items() if name != "tokens"}
-            line |= _timing(batch, elapsed, policy)
+            epoch, indices = progress.position.epoch, _batch(config, task.rows, progress.position)
+            line = _step(run, progress, indices)
             last = progress.step == config.total_steps
             due = config.val_period > 0 and progress.step % config.val_period == 0
             if due or (last and config.val_at_end):
                 line |= task.validate()
             _rank_value(run, line)
-            mean_step = (time.monotonic() - began_first) / (progress.step - first)
-            must_stop = _must_stop(run, mean_step, progress.step)
+            must_stop = _must_stop(run, (time.monotonic() - began) / (progress.step - first), progress.step)
             # Before the checkpoint: a run that resumes from it then misses no line.
             run.metrics.log(progress.step, epoch, line)
             if config.checkpoints and run.store.should_save(progress.step, last=last, stopping=must_stop):
-                _stop_if(_not_finite(policy, line), progress.step, run, indices)
-                began = time.monotonic()
+                _stop_if(_not_finite(run.policy, line), progress.step, run, indices)
                 save(run, progress, line)
-                log.info("saved step %d in %.1f s", progress.step, time.monotonic() - began)
             if must_stop and not last:
                 ready = "ready to resume" if config.checkpoints else "nothing saved (checkpointing.enabled is false)"
                 log.info("stopped after step %d, %s (exit code %d)", progress.step, ready, exit_codes.RESUME_ME)
                 return exit_codes.RESUME_ME
     return exit_codes.FINISHED
+
+
+def _step(run: Run, progress: Progress, indices: np.ndarray) -> dict[str, float]:
+    """One optimizer step on the rows `indices`; moves `progress` on and returns the step's metrics."""
+    config, task, policy = run.config, run.task, run.policy
+    began = time.monotonic()
+    batches, loss = task.train_batches(indices)
+    values = policy.train_step(batches, loss, task.metric_names)
+    not_finite = [name for name in ("loss", "grad_norm") if not math.isfinite(values[name])]
+    _stop_if(not_finite, progress.step + 1, run, indices)
+    elapsed = time.monotonic() - began
+    batch = task.describe(indices)
+    progress.step += 1
+    progress.position = next_position(progress.position, task.rows, config.global_batch, drop_last=True)
+    progress.consumed_samples += len(indices)
+    progress.total_valid_tokens += int(batch["global_valid_toks"])
+    line = {f"train/{name}": value for name, value in (values | batch).items() if name != "tokens"}
+    return line | _timing(batch, elapsed, policy)
 
 
 def _timing(batch: Mapping[str, float], elapsed: float, policy: Policy) -> dict[str, float]:
@@ -240,6 +242,7 @@ def _stop_if(not_finite: Sequence[str], step: int, run: Run, indices: np.ndarray
 
 def save(run: Run, progress: Progress, line: Mapping[str, float]) -> None:
     """Write step_N: tensors by all ranks into tmp_step_N, the rest and the rename by rank 0."""
+    began = time.monotonic()
     policy, store, step = run.policy, run.store, progress.step
     weights = store.tmp_path(step) / WEIGHTS
 
@@ -255,6 +258,7 @@ def save(run: Run, progress: Progress, line: Mapping[str, float]) -> None:
     except checkpoint.WRITE_ERRORS as error:
         raise _not_written(error, run, step) from error
     on_rank_0(lambda: _commit(run, progress, line))
+    log.info("saved step %d in %.1f s", step, time.monotonic() - began)
 
 
 def _commit(run: Run, progress: Progress, line: Mapping[str, float]) -> None:

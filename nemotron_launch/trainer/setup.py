@@ -258,10 +258,10 @@ def _stored_config(folder: Path) -> dict[str, Any]:
 def find_start(session: Session, recorded: Mapping[str, Any] | None, *, again: bool) -> WarmStart:
     """The weights from which the run starts, or, given what its checkpoint recorded of them, started.
 
-    again: whether a resumed run needs the same ones; weights that were drawn then depend on the layout.
+    again: whether a resumed run needs the same ones, which, where they were drawn, depend on seed and layout.
     """
     layout, section = session.layout, session.config.get("dpo") or session.config.get("sft") or {}
-    drawn = f"seed {section['seed']}" + (f", tensor {layout.tensor}, pipeline {layout.pipeline}" if again else "")
+    drawn = f"seed {section['seed']}, tensor {layout.tensor}, pipeline {layout.pipeline}" if again else "once"
     return on_rank_0(
         lambda: warm_start.find(
             session.config,

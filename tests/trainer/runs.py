@@ -96,7 +96,9 @@ class Run:
             "cluster.procs_per_node": self.procs,
             **self.options,
         }
-        overrides = [f"{key}={json.dumps(value)}" for key, value in options.items()]
+        gone = {f"{key}." for key, value in options.items() if value is None}  # a section that is null has no keys
+        kept = {key: value for key, value in options.items() if not key.startswith(tuple(gone) or ("?",))}
+        overrides = [f"{key}={json.dumps(value)}" for key, value in kept.items()]
         composed = compose(STEPS[self.step] / "config/tiny.yaml", overrides, schema=STEPS[self.step] / "schema.json")
         handle, name = tempfile.mkstemp(suffix=".yaml", dir=self.folder)
         os.close(handle)
@@ -106,13 +108,12 @@ class Run:
 
     def start(self, *spawn: object, patch: str = "", procs: int | None = None) -> subprocess.Popen[str]:
         """An attempt. patch: Python that runs before the trainer does, in every rank."""
-        script = STEPS[self.step] / "train.py"
+        config, script = self.config(), STEPS[self.step] / "train.py"
         if patch:
             script = self.folder / f"train_{time.monotonic_ns()}.py"
             script.write_text(
                 PATCHED.format(patch=textwrap.dedent(patch), step=self.step, folder=str(STEPS[self.step]))
             )
-        config = self.config()
         command = [sys.executable, "-m", "nemotron_launch.trainer.spawn", "--procs", str(procs or self.procs)]
         command += ["--output-dir", str(self.out), *map(str, spawn), "--", str(script), "--config", str(config)]
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import signal
 
 import pytest
+from models import hf_model, policy_of
 from runs import Run, assert_same_tensors
+
+from nemotron_launch.trainer import hf
 
 pytestmark = pytest.mark.slow
 KILLED = 128 + signal.SIGKILL
@@ -149,6 +153,23 @@ def test_the_reference_stays_the_recorded_one_when_its_folder_has_a_newer_checkp
         shutil.rmtree(newer)
     assert copy.info(7)["warm_start"]["path"].endswith("step_7/policy/weights/iter_0000000")
     assert copy.numbers() == whole("dpo").numbers()
+
+
+def test_a_hugging_face_folder_is_warm_start_and_reference_and_may_move(layout, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    policy = policy_of(hf_model("llama", num_hidden_layers=1), layout)
+    hf.save_folder(policy.gpt, policy.architecture, folder)
+    run = Run("dpo", tmp_path / "run").with_(policy__architecture=None, checkpointing__pretrained_checkpoint=None)
+    there = run.with_(policy__model_name=str(folder))
+    assert there.go(patch="at_call(policy.Policy, 'train_step', 4, kill)").code == KILLED
+    first = run.numbers()
+    assert first[1]["train/preference_loss"] == pytest.approx(math.log(2), abs=1e-5)
+    folder.rename(tmp_path / "moved")
+    (run.out / "reference.npz").unlink()
+    said = finish(run.with_(policy__model_name=str(tmp_path / "moved")))
+    assert "computing the reference's log-probabilities of 60 pairs" in said
+    assert run.numbers()[3] == first[3]
 
 
 def test_two_data_parallel_ranks_resume_as_two_tensor_parallel_ones(whole, tmp_path):
