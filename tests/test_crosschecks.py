@@ -13,7 +13,7 @@ from nemotron_launch.errors import UserError
 from nemotron_launch.job import Job
 from nemotron_launch.plan import compose_for, plan_job
 from nemotron_launch.profiles import Profile
-from tests.profile_files import LEPTON, SLURM, profile
+from tests.sites import LEPTON, SLURM, profile
 
 PYXIS = {**SLURM, "runtime": "pyxis"}
 SSH = {**SLURM, "tunnel": {"type": "ssh", "host": "login"}}

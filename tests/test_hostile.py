@@ -17,7 +17,7 @@ from nemotron_launch.config.overrides import dump_value
 from nemotron_launch.errors import UserError
 from nemotron_launch.plan import compose_for, plan_job
 from nemotron_launch.render import render
-from tests.profile_files import LEPTON, SLURM, profile
+from tests.sites import LEPTON, SLURM, profile
 
 NASTY = ["$(touch pwned)", "`touch pwned`", "${HOME}", "{{ 1 }}", "{% raw %}", "%s%%", "'", '"', "\\", "\n", "\t", "!"]
 NASTY += ["-rf", "--", ";", "&", "|", ">", "<", "*", "?", "[", "]", "~", "#", "=", ":", ",", " ", "é", "\u2028", "😀"]

@@ -9,7 +9,7 @@ import pytest
 from nemotron_launch import jobdiff
 from nemotron_launch.errors import UserError
 from tests.conftest import Nemotron
-from tests.profile_files import LEPTON, SLURM, profile_file
+from tests.sites import LEPTON, SLURM, profile_file
 
 DPO = "rl/nemo_rl/dpo"
 

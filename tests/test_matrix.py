@@ -11,7 +11,7 @@ from nemotron_launch import matrix
 from nemotron_launch.catalog import find_step, load_steps
 from nemotron_launch.errors import UserError
 from nemotron_launch.matrix import Case, Result
-from tests.profile_files import SLURM, profile_file
+from tests.sites import SLURM, profile_file
 from tests.step_trees import REPOSITORY
 
 ENV = {"HOME": "/home/me", "USER": "me"}

@@ -13,7 +13,7 @@ from nemotron_launch.errors import UserError
 from nemotron_launch.job import Job, Mount
 from nemotron_launch.plan import compose_for, new_run_id, plan_job, plan_many
 from nemotron_launch.profiles import Profile
-from tests.profile_files import LEPTON, SLURM, profile
+from tests.sites import LEPTON, SLURM, profile
 from tests.step_trees import add_step
 
 

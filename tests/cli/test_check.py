@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Nemotron
-from tests.profile_files import SLURM, profile_file
+from tests.sites import SLURM, profile_file
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import yaml
 
 from tests.cli.test_steps import in_terminal
 from tests.conftest import Nemotron
-from tests.profile_files import LEPTON, SLURM, profile_file
+from tests.sites import LEPTON, SLURM, profile_file
 from tests.step_trees import REPOSITORY
 
 DPO = "rl/nemo_rl/dpo"
