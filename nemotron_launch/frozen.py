@@ -13,7 +13,7 @@ from typing import Any, TypeVar, dataclass_transform
 T = TypeVar("T")
 field = dataclasses.field
 _MISSING: Any = dataclasses.MISSING
-_FIELD: Any = dataclasses._FIELD  # type: ignore[attr-defined]
+_FIELD: Any = vars(dataclasses)["_FIELD"]
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
@@ -22,19 +22,20 @@ def frozen(cls: type[T]) -> type[T]:
     fields: dict[str, dataclasses.Field[Any]] = {}
     for name, kind in cls.__dict__.get("__annotations__", {}).items():
         given = cls.__dict__.get(name, _MISSING)
-        one = given if isinstance(given, dataclasses.Field) else dataclasses.field(default=given)
-        one.name, one.type, one._field_type = name, kind, _FIELD  # type: ignore[attr-defined]
+        one: Any = given if isinstance(given, dataclasses.Field) else dataclasses.field(default=given)
+        one.name, one.type, one._field_type = name, kind, _FIELD
         if one.default is not _MISSING:
             setattr(cls, name, one.default)
         elif name in cls.__dict__:
             delattr(cls, name)
         fields[name] = one
-    methods = {"__init__": _init, "__setattr__": _refuse, "__delattr__": _refuse}
+    methods: dict[str, Any] = {"__init__": _init, "__setattr__": _refuse, "__delattr__": _refuse}
     methods |= {"__eq__": _eq, "__hash__": _hash, "__repr__": _repr}
     for name, method in methods.items():
         setattr(cls, name, method)
-    cls.__dataclass_fields__ = fields  # type: ignore[attr-defined]
-    cls.__match_args__ = tuple(fields)  # type: ignore[attr-defined]
+    made: Any = cls
+    made.__dataclass_fields__ = fields
+    setattr(cls, "__match_args__", tuple(fields))  # noqa: B010
     return cls
 
 
