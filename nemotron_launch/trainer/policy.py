@@ -39,7 +39,7 @@ class Policy:
         self.architecture = architecture
         self.layout = layout
         self.numerics = numerics
-        self.model: torch.nn.Module = build_model(architecture, layout, numerics, seed=seed)
+        self.model: Any = build_model(architecture, layout, numerics, seed=seed)
         self.model.requires_grad_(False).eval()
         self.gpt = unwrap(self.model)
         self.optimizer: Any = None
@@ -110,7 +110,7 @@ class Policy:
         return dict(zip(names, totals.tolist(), strict=True))
 
     def _run(self, batches: Sequence[Batch], loss: LossFunction | None) -> list[Any]:
-        """Megatron's schedule over the micro-batches: with a loss forward and backward, without it log-probabilities."""
+        """Megatron's schedule over the micro-batches: with a loss forward and backward, else log-probabilities."""
         no_tokens = torch.zeros((), dtype=torch.int, device=self.layout.device)
 
         def forward_step(iterator: Iterator[tuple[int, Batch]], model: torch.nn.Module) -> tuple[Tensor, Any]:

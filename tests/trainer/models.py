@@ -1,4 +1,4 @@
-"""Small Hugging Face models, the policies converted from them, and settings of the optimizer, for the trainer's tests."""
+"""Small Hugging Face models, the policies converted from them, and optimizer settings, for the trainer's tests."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from nemotron_launch.trainer import hf
 from nemotron_launch.trainer.architecture import hf_architecture
 from nemotron_launch.trainer.batch import Batch, Group, collate
-from nemotron_launch.trainer.megatron.parallel import Layout
 from nemotron_launch.trainer.megatron.model import Numerics
+from nemotron_launch.trainer.megatron.parallel import Layout
 from nemotron_launch.trainer.policy import Policy
 
 VOCAB = 259  # odd, as the byte-level tokenizer's: tensor parallelism must pad it

@@ -268,7 +268,8 @@ def _frequencies(
     from transformers import LlamaConfig  # heavy, and only scaled models need it
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    config = LlamaConfig(
+    # transformers 4 reads rope_theta and rope_scaling, 5 reads rope_parameters.
+    config = LlamaConfig(  # type: ignore[call-arg]
         head_dim=head_dim,
         hidden_size=head_dim,
         num_attention_heads=1,

@@ -86,9 +86,9 @@ def prepare() -> None:
         layers.linear_with_frozen_weight = parallel_linear  # type: ignore[attr-defined]
         layers.linear_with_grad_accumulation_and_async_allreduce = parallel_linear  # type: ignore[attr-defined]
     for name in ("clip_grads", "optimizer"):
-        module = sys.modules.get(f"megatron.core.optimizer.{name}")
-        if module is not None:  # the original insists on gradients of type torch.cuda.FloatTensor
-            module.clip_grad_by_total_norm_fp32 = _clip_gradients  # type: ignore[attr-defined]
+        clipper = sys.modules.get(f"megatron.core.optimizer.{name}")
+        if clipper is not None:  # the original insists on gradients of type torch.cuda.FloatTensor
+            clipper.clip_grad_by_total_norm_fp32 = _clip_gradients  # type: ignore[attr-defined]
 
 
 def _answer_for_cuda() -> None:
