@@ -115,12 +115,17 @@ def bare_weights(run: Run) -> Path:
 
 
 def torn(run: Run) -> Path:
-    """A copy of the warm start with half of a file of tensors."""
+    """A torn copy of the warm start."""
     copy = run.folder / "torn/step_7"
     shutil.copytree(weights_of(run).parents[2], copy)
-    for file in copy.glob("policy/weights/iter_0000000/*.distcp"):
-        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    tear(copy)
     return copy
+
+
+def tear(checkpoint: Path) -> None:
+    """Leave the first tenth of its tensors, which begin with the weights."""
+    for file in checkpoint.glob("policy/weights/iter_0000000/*.distcp"):
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 10])
 
 
 @pytest.fixture(scope="module")
@@ -206,11 +211,6 @@ RESUMED: dict[str, tuple[Change, list[str]]] = {
 def change_info(run: Run, **changes: object) -> Run:
     edit(run.checkpoints / "step_2/training_info.json", json.dumps({**run.info(2), **changes}))
     return run
-
-
-def tear(checkpoint: Path) -> None:
-    for file in checkpoint.glob("policy/weights/iter_0000000/*.distcp"):
-        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
 def replace_warm_start(run: Run) -> Run:

@@ -98,7 +98,7 @@ def test_a_save_longer_than_torchrun_would_wait_comes_through(dpo, tmp_path):
     """
     finished = run.go(patch=patch)
     last = assert_asked_to_stop(run, finished)
-    assert float(re.findall(rf"saved step {last} in ([\d.]+) s", finished.said)[0]) > 31  # torchrun kills after 30
+    assert float(re.findall(rf"saved step {last} in ([\d.]+) s", finished.said)[0]) >= 31  # torchrun kills after 30
     assert tensors(run.checkpoints / f"step_{last}")
 
 
