@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
@@ -118,6 +118,7 @@ _data = st.dictionaries(
 )
 
 
+@settings(deadline=None)
 @given(_data)
 def test_what_is_dumped_means_the_same_to_every_reader(data: dict[str, object]) -> None:
     text = dump(data)
@@ -148,11 +149,13 @@ _plainer = st.dictionaries(
 )
 
 
+@settings(deadline=None)
 @given(_plainer)
 def test_plain_words_are_written_as_pyyaml_writes_them(data: dict[str, object]) -> None:
     assert dump(data) == yaml_reader.dump(data)
 
 
+@settings(deadline=None)
 @given(_data)
 def test_any_data_is_written_as_pyyaml_writes_it(data: dict[str, object]) -> None:
     assert dump(data) == yaml_reader.dump(data)
