@@ -24,6 +24,34 @@ def hf_logps(model, ids):
     return torch.log_softmax(logits, -1).gather(1, ids[1:, None])[:, 0]
 
 
+def policy_logits(policy, ids):
+    """Logits over the whole vocabulary behind every token of one sequence but the last."""
+    seen = []
+    hook = policy.gpt.output_layer.register_forward_hook(lambda module, arguments, output: seen.append(output[0]))
+    try:
+        policy_logps(policy, ids)
+    finally:
+        hook.remove()
+    return seen[0][:, 0]
+
+
+@pytest.mark.parametrize(("family", "tied"), SHAPES)
+def test_converted_policy_has_the_logits_of_transformers(layout, family, tied, tmp_path):
+    """Within 1e-5 of logits of up to 2.7; both ways, so also transformers' of what we export."""
+    import transformers
+
+    model = hf_model(family, tied=tied)
+    policy = policy_of(model, layout)
+    hf.save_folder(policy.gpt, policy.architecture, tmp_path)
+    exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    ids = torch.randint(0, VOCAB, (60,), generator=torch.Generator().manual_seed(7))
+    got = policy_logits(policy, ids)
+    for theirs in (model, exported):
+        with torch.no_grad():
+            expected = theirs(ids[None]).logits[0, :-1]
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize(("family", "tied"), SHAPES)
 def test_converted_policy_computes_what_transformers_computes(layout, family, tied):
     model = hf_model(family, tied=tied)
