@@ -143,9 +143,12 @@ class Policy:
     def _forward(self, model: torch.nn.Module, batch: Batch) -> Tensor:
         """The last stage's log-probabilities [N, R], or another stage's hidden states."""
         places_W, index_W = wanted_positions(batch)
+        plan = self.plan(batch)
         if self.layout.last_stage:
-            self.gpt.output_layer.wanted_N = places_W
-        output = model(batch.tokens_BS, None, PLANS.register(self.plan(batch)))
+            # Under sequence parallelism each rank has other tokens until the output layer gathers them.
+            late = self.layout.sequence_parallel
+            plan.wanted_W, self.gpt.output_layer.wanted_N = (None, places_W) if late else (places_W, None)
+        output = model(batch.tokens_BS, None, PLANS.register(plan))
         if not self.layout.last_stage:
             return output
         logps_W = self.target_logps(output.squeeze(0), batch.tails_NR.flatten()[index_W])

@@ -21,11 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nemotron_launch.trainer.megatron.explicit_attention import ExplicitAttention, explicit_scores, rotate
+
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from megatron.core.transformer.module import MegatronModule
 
-# Above this many scores per call the CPU, too, uses torch's fused attention, which never holds them all.
+# Above this many scores in a layer the CPU, too, uses torch's fused attention, which never holds them all.
 MAX_EXPLICIT_SCORES = 32 << 20
 
 
@@ -33,8 +35,9 @@ MAX_EXPLICIT_SCORES = 32 << 20
 class AttentionPlan:
     """One forward pass: where its tokens stand and what each may see.
 
-    cos_SB1d and sin_SB1d: rotary tables in the order of the row. prompt_mask_B1P: True on padding of the prompts,
-    None where no prompt is padded. cache: when generating, keys and values per layer, else None.
+    cos and sin [S, B, 1, d/2]: rotary tables in the order of the row. prompt_mask_BP: True on padding of the prompts,
+    None where no prompt is padded. cache: when generating, keys and values per layer, else None. wanted_W: flat
+    places s·B + b of the tokens with a logit, with which alone the last layer goes on; None for all.
     """
 
     prompt: int
@@ -44,6 +47,7 @@ class AttentionPlan:
     sin: Tensor
     prompt_mask_BP: Tensor | None = None
     cache: KeyValueCache | None = None
+    wanted_W: Tensor | None = None
     _bias: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
     def causal_bias(self, queries: int, keys: int, like: Tensor) -> Tensor:
@@ -119,11 +123,21 @@ class PlannedAttention(MegatronModule):
     def __init__(self, config: Any, layer_number: int, *args: Any, softmax_scale: float | None = None, **kwargs: Any):
         super().__init__(config=config)
         self.layer_number = layer_number
+        self.keeps_wanted_only = False
         self.scale = softmax_scale
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, **_: Any) -> Tensor:
-        """query [S, B, h, d], key and value [S, B, g, d] → [S, B, h·d]."""
+        """query [S, B, h, d], key and value [S, B, g, d] → [S, B, h·d], or [W, 1, h·d] of the tokens wanted."""
         plan = PLANS[attention_mask]
+        out = self._one_pass(query, key, value, plan)
+        if self.keeps_wanted_only and plan.wanted_W is not None:
+            out = out.flatten(0, 1).index_select(0, plan.wanted_W).unsqueeze(1)
+        return out
+
+    def _one_pass(self, query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan) -> Tensor:
+        on_cpu = query.device.type == "cpu" and plan.cache is None
+        if on_cpu and explicit_scores(plan, *query.shape[1:3]) <= MAX_EXPLICIT_SCORES:
+            return ExplicitAttention.apply(query, key, value, plan, self.scale or query.shape[-1] ** -0.5)
         q = Rotate.apply(query, plan.cos, plan.sin).permute(1, 2, 0, 3)
         k = Rotate.apply(key, plan.cos, plan.sin).permute(1, 2, 0, 3)
         v = value.permute(1, 2, 0, 3)
@@ -157,21 +171,7 @@ class PlannedAttention(MegatronModule):
         self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, *, padding_NP: Tensor | None = None
     ) -> Tensor:
         """Causal attention of q [N, h, Q, d] over k, v [N, g, T, d] whose last Q keys are the queries' own tokens."""
-        n, h, queries, d = q.shape
-        keys = k.shape[2]
-        scale = self.scale or d**-0.5
-        if q.device.type == "cpu" and n * h * queries * keys <= MAX_EXPLICIT_SCORES:
-            # Two batched products beat the fused kernel on CPU by a third at the sizes that one trains there.
-            if k.shape[1] != h:
-                k, v = (x.repeat_interleave(h // x.shape[1], 1) for x in (k, v))
-            bias = plan.causal_bias(queries, keys, q)
-            if padding_NP is None:
-                bias = bias.expand(n * h, queries, keys)
-            else:
-                hidden = F.pad(padding_NP, (0, queries))[:, None, None]
-                bias = bias.masked_fill(hidden, -math.inf).expand(n, h, queries, keys).flatten(0, 1)
-            scores = torch.baddbmm(bias, q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), alpha=scale)
-            return torch.bmm(scores.softmax(-1), v.flatten(0, 1)).view(n, h, queries, d)
+        h, queries, keys, scale = q.shape[1], q.shape[2], k.shape[2], self.scale
         grouped = k.shape[1] != h
         if queries == keys and padding_NP is None:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
@@ -207,21 +207,12 @@ class Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_SBhd: Tensor, cos_SB1r: Tensor, sin_SB1r: Tensor) -> Tensor:
         ctx.save_for_backward(cos_SB1r, sin_SB1r)
-        return _rotate(x_SBhd, cos_SB1r, sin_SB1r)
+        return rotate(x_SBhd, cos_SB1r, sin_SB1r, out=torch.empty_like(x_SBhd, memory_format=torch.contiguous_format))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         cos_SB1r, sin_SB1r = ctx.saved_tensors
-        return _rotate(grads[0], cos_SB1r, -sin_SB1r), None, None
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    low, high = x.chunk(2, -1)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    out_low, out_high = out.chunk(2, -1)
-    torch.mul(low, cos, out=out_low).addcmul_(high, sin, value=-1)
-    torch.mul(high, cos, out=out_high).addcmul_(low, sin)
-    return out
+        return rotate(grads[0], cos_SB1r, -sin_SB1r, out=torch.empty_like(grads[0])), None, None
 
 
 class RotaryTable:

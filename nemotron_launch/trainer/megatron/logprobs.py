@@ -25,32 +25,37 @@ class _TokenLogps(torch.autograd.Function):
     def forward(ctx: Any, logits_Nv: Tensor, targets_N: Tensor, first: int, group: dist.ProcessGroup | None) -> Tensor:
         parallel = group is not None and group.size() > 1
         logits = logits_Nv.float()
-        highest_N1 = logits.amax(-1, keepdim=True)
-        if parallel:
-            dist.all_reduce(highest_N1, op=dist.ReduceOp.MAX, group=group)
-        exp_Nv = (logits - highest_N1).exp_()
-        total_N1 = exp_Nv.sum(-1, keepdim=True)
         local_N1 = (targets_N - first).unsqueeze(1)
         if parallel:
+            logps_Nv = logits - _log_of_sum(logits.logsumexp(-1, keepdim=True), group)
             mine_N1 = (local_N1 >= 0) & (local_N1 < logits.shape[1])
             local_N1 = local_N1.clamp(0, logits.shape[1] - 1)
-            target_N1 = logits.gather(1, local_N1).where(mine_N1, torch.zeros((), device=logits.device))
-            dist.all_reduce(total_N1, group=group)
+            target_N1 = logps_Nv.gather(1, local_N1).where(mine_N1, torch.zeros((), device=logits.device))
             dist.all_reduce(target_N1, group=group)
         else:
+            logps_Nv = logits.log_softmax(-1)
             mine_N1 = torch.ones((), dtype=torch.bool, device=logits.device)
-            target_N1 = logits.gather(1, local_N1)
-        ctx.save_for_backward(exp_Nv.div_(total_N1), local_N1, mine_N1)
+            target_N1 = logps_Nv.gather(1, local_N1)
+        ctx.save_for_backward(logps_Nv, local_N1, mine_N1)
         ctx.dtype = logits_Nv.dtype
-        return (target_N1 - highest_N1 - total_N1.log()).squeeze(1)
+        return target_N1.squeeze(1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        probs_Nv, local_N1, mine_N1 = ctx.saved_tensors
+        logps_Nv, local_N1, mine_N1 = ctx.saved_tensors
         grad_N1 = grads[0].unsqueeze(1)
-        out_Nv = probs_Nv * -grad_N1
+        out_Nv = logps_Nv.exp().mul_(-grad_N1)
         out_Nv.scatter_add_(1, local_N1, (grad_N1 * mine_N1).expand_as(local_N1))
         return out_Nv.to(ctx.dtype), None, None, None
+
+
+def _log_of_sum(logs_N1: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """log of the sum over the ranks of exp(logs)."""
+    highest_N1 = logs_N1.clone()
+    dist.all_reduce(highest_N1, op=dist.ReduceOp.MAX, group=group)
+    sums_N1 = (logs_N1 - highest_N1).exp_()
+    dist.all_reduce(sums_N1, group=group)
+    return highest_N1 + sums_N1.log_()
 
 
 def mask_padding(logits_Nv: Tensor, *, first: int, vocab_size: int) -> Tensor:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from nemotron_launch.trainer.architecture import Architecture
 from nemotron_launch.trainer.megatron import cpu
-from nemotron_launch.trainer.megatron.attention import PlannedAttention
+from nemotron_launch.trainer.megatron.attention import PLANS, PlannedAttention
+from nemotron_launch.trainer.megatron.gradients import RMSNormalize, SwiGLU
 from nemotron_launch.trainer.megatron.linear import linear
 from nemotron_launch.trainer.megatron.parallel import Layout
 
@@ -30,8 +31,10 @@ with warnings.catch_warnings():
         copy_to_tensor_model_parallel_region,
         gather_from_sequence_parallel_region,
     )
+    from megatron.core.transformer.module import MegatronModule
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
     from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.core.transformer.transformer_layer import TransformerLayer
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ def transformer_config(architecture: Architecture, layout: Layout, numerics: Num
         layernorm_epsilon=a.rms_norm_eps,
         gated_linear_unit=True,
         activation_func=F.silu,
+        use_te_activation_func=True,  # "te" for any module that the layer's spec names: see Activation
         add_bias_linear=False,
         add_qkv_bias=a.qkv_bias,
         qk_layernorm=a.qk_norm,
@@ -109,7 +113,7 @@ def build_model(architecture: Architecture, layout: Layout, numerics: Numerics, 
     torch.manual_seed(seed)
     model = GPTModel(
         config=config,
-        transformer_layer_spec=_layers(config, architecture),
+        transformer_layer_spec=_layers(config, architecture, layout),
         vocab_size=padded_vocab(architecture, layout.tensor),
         max_sequence_length=architecture.max_position_embeddings,
         pre_process=layout.first_stage,
@@ -121,11 +125,10 @@ def build_model(architecture: Architecture, layout: Layout, numerics: Numerics, 
     if layout.last_stage:
         # Same parameters and checkpoint keys, another forward: see TokenOutput.
         model.output_layer.__class__ = TokenOutput
-        model.output_layer.wanted_N = None
     return model.to(device=layout.device, dtype=numerics.dtype)
 
 
-def _layers(config: TransformerConfig, architecture: Architecture) -> TransformerBlockSubmodules:
+def _layers(config: TransformerConfig, architecture: Architecture, layout: Layout) -> TransformerBlockSubmodules:
     layer = copy.deepcopy(get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=architecture.qk_norm))
     modules = layer.submodules
     modules.input_layernorm = modules.pre_mlp_layernorm = RMSNorm
@@ -133,7 +136,34 @@ def _layers(config: TransformerConfig, architecture: Architecture) -> Transforme
     attention.core_attention = PlannedAttention
     if architecture.qk_norm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+    modules.mlp.submodules.activation_func = Activation
+    layers = [layer] * get_num_layers_to_build(config)
+    if layout.last_stage:
+        layers[-1] = replace(layer, module=LastLayer)
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+
+
+class LastLayer(TransformerLayer):
+    """The model's last layer: behind its attention it goes on with the tokens of `AttentionPlan.wanted_W` alone."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.self_attention.core_attention.keeps_wanted_only = True
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
+        wanted_W = PLANS[attention_mask].wanted_W
+        if wanted_W is None:
+            return super().forward(hidden_states=hidden_states, attention_mask=attention_mask, **kwargs)
+        attended_W1H, _ = self.self_attention(self.input_layernorm(hidden_states), attention_mask=attention_mask)
+        residual_W1H = hidden_states.flatten(0, 1).index_select(0, wanted_W).unsqueeze(1)
+        return self._forward_mlp(residual_W1H + attended_W1H), None
+
+
+class Activation(MegatronModule):
+    """The MLP's SwiGLU, under the name that megatron-core's spec has for it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return SwiGLU.apply(x)
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -143,26 +173,33 @@ class RMSNorm(torch.nn.RMSNorm):
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu":  # where torch has no fused kernel for the gradient
+            return RMSNormalize.apply(x, self.weight, self.eps)
+        return super().forward(x)
+
 
 class TokenOutput(ColumnParallelLinear):
     """The output layer, run on the tokens that are asked for and on no others.
 
-    `wanted_N` holds their flat positions s·B + b for the next forward. The result is [N, 1, v].
+    `wanted_N` holds their flat positions s·B + b for the next forward, None asks for all that come. The result is
+    [N, 1, v].
     """
 
-    wanted_N: Tensor | None
+    wanted_N: Tensor | None = None
 
     def forward(
         self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
     ) -> tuple[Tensor, None]:
-        assert self.wanted_N is not None, "set wanted_N before the forward pass"
         group = parallel_state.get_tensor_model_parallel_group()
         if self.sequence_parallel:
             # Its backward scatters the sum over ranks, so the product below needs no reduction of its own.
             hidden = gather_from_sequence_parallel_region(input_, tensor_parallel_output_grad=True, group=group)
         else:
             hidden = copy_to_tensor_model_parallel_region(input_, group=group)
-        hidden_NH = hidden.flatten(0, 1).index_select(0, self.wanted_N)
+        hidden_NH = hidden.flatten(0, 1)
+        if self.wanted_N is not None:
+            hidden_NH = hidden_NH.index_select(0, self.wanted_N)
         return linear(hidden_NH, self.weight if weight is None else weight).unsqueeze(1), None
 
 
