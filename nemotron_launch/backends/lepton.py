@@ -171,13 +171,13 @@ def _spec(job: Job, command: str, envs: list[dict[str, Any]]) -> dict[str, Any]:
         "ttl_seconds_after_finished": int(options.get("ttl") or _TTL),
         "log": {"enable_collection": True, "save_termination_logs": True},
     }
-    if shape := options.get("resource_shape"):
+    if (shape := options.get("resource_shape")) is not None:
         spec["resource_shape"] = shape
-    if groups := options.get("node_group"):
+    if (groups := options.get("node_group")) is not None:
         spec["affinity"] = {"allowed_dedicated_node_groups": [groups] if isinstance(groups, str) else list(groups)}
     if size := options.get("shared_memory_mib"):
         spec["shared_memory_size"] = size
-    if reservation := options.get("reservation"):
+    if (reservation := options.get("reservation")) is not None:
         spec["reservation_config"] = {"reservation_id": reservation}
     if queue := _queue(job):
         spec["queue_config"] = queue
