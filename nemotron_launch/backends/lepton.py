@@ -11,17 +11,19 @@ import posixpath
 import re
 from base64 import b64encode
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from nemotron_launch import bundle as bundles
 from nemotron_launch import quoting
 from nemotron_launch.backends import services
 from nemotron_launch.config.schema import load_schema
 from nemotron_launch.config.validation import check
 from nemotron_launch.errors import UserError
 from nemotron_launch.frozen import frozen
-from nemotron_launch.job import File, Job, Mount, Secret
+from nemotron_launch.job import Bundle, File, Job, Mount, Secret
 from nemotron_launch.profiles import seconds
 from nemotron_launch.render import Rendered, fill, fill_own, setup_file
 
@@ -77,7 +79,7 @@ def render_job(job: Job) -> Rendered:
     """
     files = [*([setup_file(job)] if job.setup else []), *job.files]
     inline = [_inline(file, f"NEMOTRON_FILE_{n}") for n, file in enumerate(files)]
-    bundle = _bundle(job)
+    bundle = _bundle(job.bundle)
     exports, envs = _environment(job)
     carried = [pair for file in inline for pair in file.envs]
 
@@ -306,10 +308,9 @@ def _parts(variable: str, content: bytes) -> tuple[int, tuple[tuple[str, str], .
     return len(cut), tuple((f"{variable}_{n}", part) for n, part in enumerate(cut))
 
 
-def _bundle(job: Job) -> tuple[tuple[str, str], ...]:
-    from nemotron_launch import bundle
-
-    return _parts("NEMOTRON_BUNDLE", bundle.read(job.bundle))[1] if job.bundle else ()
+@lru_cache(maxsize=1)  # the points of a sweep share it
+def _bundle(made: Bundle | None) -> tuple[tuple[str, str], ...]:
+    return _parts("NEMOTRON_BUNDLE", bundles.read(made))[1] if made else ()
 
 
 def _too_large(job: Job, size: int, inline: int) -> UserError:
