@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 PREFIX, SUBDOMAIN = "worker", "job.svc"
 
 
@@ -139,7 +141,10 @@ def _network(hosts: Path) -> Iterator[list[str]]:
         start_new_session=True,
     )
     try:
-        assert holder.stdout is not None and holder.stdout.readline() == b"up\n", "no namespaces here"
+        assert holder.stdout is not None
+        if holder.stdout.readline() != b"up\n":
+            assert "CI" not in os.environ, "network and mount namespaces are needed"
+            pytest.skip("needs network and mount namespaces: unshare is not allowed here")
         user = [] if os.geteuid() == 0 else ["--user", "--preserve-credentials"]
         yield ["nsenter", f"--target={holder.pid}", *user, "--net", "--mount", "--"]
     finally:
