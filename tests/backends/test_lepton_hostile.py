@@ -28,7 +28,7 @@ NASTY = [
     "{# x #}", "%s%n", "%j", "ü", "日本", "🙂", "\u2028", "\x1b[31m", "\x7f", "=", "a=b", "'\"'\"'", "$'\\n'", "a\\",
 ]  # fmt: skip
 TEXT = st.lists(st.sampled_from(NASTY) | st.text(max_size=8), max_size=4).map("".join)
-FEW = settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+FEW = settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
 DUMP = "import json, os, sys; json.dump([sys.argv[1:], dict(os.environ)], open(os.environ['DUMP'], 'w'))"
 
 
@@ -89,7 +89,7 @@ def test_configs_and_services_get_the_same_bytes(config: str, value: str, argume
         assert not list(Path(folder).rglob("RAN"))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(text=TEXT, data=st.data())
 def test_every_other_text_is_carried_as_it_is_or_refused(text: str, data: st.DataObject) -> None:
     """The parts of a spec that no shell sees, and the names that one does."""
