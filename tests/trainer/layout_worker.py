@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from models import megatron_section, pairs, batch_of
+from models import batch_of, megatron_section, pairs
 
 from nemotron_launch.trainer import hf
 from nemotron_launch.trainer.batch import Group
