@@ -20,7 +20,7 @@ from nemotron_launch.render import Rendered, render
 from tests.slurm.cluster import Cluster
 
 # A trainer that needs no torch: `body` runs after these lines.
-TRAINER = '''
+TRAINER = """
 import json, os, signal, sys, time
 from pathlib import Path
 LOGS = Path(os.environ["NEMOTRON_LOG_DIR"])
@@ -37,7 +37,7 @@ def until(path):
     while not path.exists():
         time.sleep(0.05)
 print("up", flush=True)
-'''
+"""
 
 
 @dataclass

@@ -86,7 +86,7 @@ EXPECTED = {
 
 
 def test_a_command_and_its_environment_arrive_byte_for_byte(run: NewRun) -> None:
-    odd = ["", "-n", "--nodes=3", "a b\tc", "$(touch owned)", "`touch owned`", "it's \"q\"", "ü\n{{ x }} %n %% \\", "*"]
+    odd = ["", "-n", "--nodes=3", "a b\tc", "$(touch owned)", "`touch owned`", 'it\'s "q"', "ü\n{{ x }} %n %% \\", "*"]
     job = run(command=("python3", "-c", "import os, sys; print(ascii([sys.argv[1:], os.environ['ODD']]))", *odd),
               env={"ODD": "".join(odd)})  # fmt: skip
     job.submit()
@@ -134,7 +134,7 @@ def test_a_failing_setup_command_ends_the_run_and_is_named(run: NewRun) -> None:
 
 
 def test_setup_commands_change_the_environment_of_the_command(run: NewRun) -> None:
-    job = run("print(os.environ['GREETING'])", setup=("export GREETING=\"hello $UNSET_NAME$(hostname)\"",))
+    job = run("print(os.environ['GREETING'])", setup=('export GREETING="hello $UNSET_NAME$(hostname)"',))
     job.submit()
     job.end()
     assert job.log().splitlines()[-1] == "hello node1"
