@@ -66,15 +66,23 @@ class Policy:
     @torch.no_grad()
     def logps(self, batches: Sequence[Batch]) -> list[Tensor]:
         """Log-probabilities [N, R] of every micro-batch's masked tail tokens, fp32, 0 elsewhere, on every stage."""
-        was_training = self.gpt.training
-        self.gpt.eval()
-        try:
+        with self._evaluating():
             results = self._run(batches, None)
-        finally:
-            self.gpt.train(was_training)
         if not self.layout.last_stage:
             results = [torch.zeros_like(batch.mask_NR) for batch in batches]
         return [parallel.from_last_stage(logps) for logps in results]
+
+    @contextlib.contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """The model in evaluation mode; switching walks through all its modules, so only where it is not."""
+        was_training = self.gpt.training
+        if was_training:
+            self.gpt.eval()
+        try:
+            yield
+        finally:
+            if was_training:
+                self.gpt.train()
 
     def train_step(self, batches: Sequence[Batch], loss: LossFunction, metric_names: Sequence[str]) -> dict[str, float]:
         """One optimizer step over this rank's micro-batches; metrics summed over micro-batches and data parallelism.

@@ -7,6 +7,7 @@ the view, so the cost per operation is one attribute look-up.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import sys
 import types
@@ -65,6 +66,9 @@ class _TorchOnCpu(types.ModuleType):
 
 _view: _TorchOnCpu | None = None
 
+# malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+
 
 def prepare() -> None:
     """Bind the view in every megatron-core module imported so far; call again after importing more. No-op with CUDA."""
@@ -74,6 +78,7 @@ def prepare() -> None:
     if _view is None:
         _view = _TorchOnCpu()
         _answer_for_cuda()
+        _keep_freed_memory()
     for name, module in list(sys.modules.items()):
         if name.startswith("megatron.core") and getattr(module, "torch", None) is torch:
             module.torch = _view  # type: ignore[attr-defined]
@@ -104,6 +109,17 @@ def _answer_for_cuda() -> None:
     }
     for name, function in stand_ins.items():
         setattr(torch.cuda, name, function)
+
+
+def _keep_freed_memory() -> None:
+    """Let the C library reuse freed tensors: by default each large one is mapped, cleared and unmapped again.
+
+    That costs a twentieth of a step. Other C libraries than glibc have no such function, and keep their ways.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 256 << 20)
+        mallopt(_M_TRIM_THRESHOLD, 1 << 30)
 
 
 def _clip_gradients(parameters: Any, max_norm: float, total_norm: float, use_decoupled_grad: bool = False) -> None:

@@ -62,6 +62,8 @@ class _Linear(torch.autograd.Function):
 
 def _by_transposed(a: Tensor, b_nk: Tensor, bias: Tensor | None = None) -> Tensor:
     """a [..., k] by the transpose of b [n, k]."""
+    if not a.numel():  # no token of a micro-batch counts; oneDNN takes no empty product
+        return F.linear(a, b_nk, bias)
     return torch.ops.mkldnn._linear_pointwise.default(a, b_nk, bias, "none", [], "")
 
 
