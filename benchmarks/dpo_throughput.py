@@ -10,12 +10,13 @@ with its defaults but for gradient checkpointing and bf16, which are off, and th
 
 Modes. online: the reference policy scores each batch in its step (`dpo.reference=resident`). kept: its
 log-probabilities are computed once, before the first step (`dpo.reference=stored`, our default; trl:
-`precompute_ref_log_probs=True`);
-a turn is then one epoch from the start, and its time that of the computation and of the epoch's steps.
+`precompute_ref_log_probs=True`); a turn is then one epoch from the start, and its time that of the computation and of
+the epoch's steps.
 
 Tokens: pairs × 2 × (prompt + completion) for both sides, also where one of them runs a prompt once for both answers.
 FLOPs are those of the plain algorithm, again for both: 2 per weight and token forward, 4 backward, 2 for the reference,
 without the embedding, the output layer on completion tokens alone, attention as 4 · hidden · (tokens seen) per token.
+Products: torch.mm of 2048 × 2048 matrices, and what our linear layers use instead where it is faster.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import random
 import statistics
@@ -38,7 +40,7 @@ from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 ANSWER = 3  # the file descriptor on which a worker answers; libraries print on the others
-BETA, LR, WEIGHT_DECAY, CLIP = 0.1, 1e-4, 0.01, 1.0
+BETA, LR, WEIGHT_DECAY, CLIP = 0.1, 1e-5, 0.01, 1.0
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Shape:
         """Of one step."""
         return self.pairs * 2 * (self.prompt + self.completion)
 
-    def flops(self, mode: str) -> float:
+    def flops(self) -> float:
         """Of one step and of the reference's log-probabilities of its pairs."""
         head_dim = self.hidden // self.heads
         attention = self.hidden * head_dim * (2 * self.heads + 2 * self.kv_heads)
@@ -154,10 +156,10 @@ def compare(name: str, mode: str, turns: int, threads: int) -> dict[str, Any]:
             for worker in workers:
                 worker.close()
     counted = rounds[1:] or rounds
-    tokens, flops = shape.tokens * shape.steps, shape.flops(mode) * shape.steps
+    tokens, flops = shape.tokens * shape.steps, shape.flops() * shape.steps
 
-    def of(side: str, what: Callable[[dict[str, Any]], float]) -> float:
-        return statistics.median(what(one[side]) for one in counted)
+    def median(side: str, what: str) -> float:
+        return round(statistics.median(one[side][what] for one in counted), 4)
 
     ratios = sorted(one["trl"]["seconds"] / one["ours"]["seconds"] for one in counted)
     result: dict[str, Any] = {
@@ -167,16 +169,15 @@ def compare(name: str, mode: str, turns: int, threads: int) -> dict[str, Any]:
         "turns": len(counted),
         "ratio": round(statistics.median(ratios), 3),
         "ratio_range": [round(ratios[0], 3), round(ratios[-1], 3)],
-        "matmul_gflops": round(of("model", lambda turn: turn["gflops"]), 1),
+        "mm_gflops": round(median("model", "mm"), 1),
+        "linear_gflops": round(median("model", "linear"), 1),
         "load": [round(load, 2) for load in os.getloadavg()],
     }
     for side in ("ours", "trl"):
         result[side] = {
-            "tokens_per_s": round(of(side, lambda turn: tokens / turn["seconds"])),
-            "gflops": round(of(side, lambda turn: flops / turn["seconds"] / 1e9), 1),
-            "seconds": {
-                part: round(of(side, lambda turn, part=part: turn[part]), 4) for part in ("reference", "steps")
-            },
+            "tokens_per_s": round(tokens / median(side, "seconds")),
+            "gflops": round(flops / median(side, "seconds") / 1e9, 1),
+            "seconds": {part: median(side, part) for part in ("reference", "steps")},
             "peak_mib": round(rounds[-1][side]["peak_mib"]),
             "losses": rounds[0][side]["losses"],
         }
@@ -241,6 +242,8 @@ def make_model(folder: Path, shape: Shape) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from nemotron_launch.trainer.megatron.linear import linear
+
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=shape.vocab,
@@ -262,12 +265,18 @@ def make_model(folder: Path, shape: Shape) -> None:
     if wait_for_turn():
         answer()
     while wait_for_turn():
-        best = 0.0
-        for _ in range(8):
-            began = time.perf_counter()
-            torch.mm(left, right)
-            best = max(best, 2 * size**3 / (time.perf_counter() - began) / 1e9)
-        answer(gflops=best)
+        flops = 2 * size**3
+        answer(mm=rate(lambda: torch.mm(left, right), flops), linear=rate(lambda: linear(left, right), flops))
+
+
+def rate(product: Callable[[], Any], flops: float) -> float:
+    """GFLOP/s of the best of some runs."""
+    best = math.inf
+    for _ in range(8):
+        began = time.perf_counter()
+        product()
+        best = min(best, time.perf_counter() - began)
+    return flops / best / 1e9
 
 
 def ours(folder: Path, shape: Shape, mode: str, turns: int) -> None:
@@ -335,7 +344,7 @@ def ours(folder: Path, shape: Shape, mode: str, turns: int) -> None:
             if online:
                 cut.step_done(losses[-1])
 
-        run.metrics.log = logged  # type: ignore[method-assign]
+        run.metrics.log = logged  # type: ignore[method-assign,assignment]
         if online:
             cut.start()
         return train(run, progress)
@@ -464,7 +473,7 @@ def lines(result: dict[str, Any]) -> Iterator[str]:
         )
     yield (
         f"  ratio {result['ratio']} ({low} to {high}, {result['turns']} turns); "
-        f"matrix multiplication {result['matmul_gflops']} GFLOP/s; load {result['load'][0]}"
+        f"products {result['mm_gflops']} GFLOP/s, ours {result['linear_gflops']}; load {result['load'][0]}"
     )
 
 
