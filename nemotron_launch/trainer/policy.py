@@ -18,10 +18,11 @@ from nemotron_launch.trainer.architecture import Architecture
 from nemotron_launch.trainer.batch import Batch, wanted_positions
 from nemotron_launch.trainer.megatron import parallel
 from nemotron_launch.trainer.megatron.attention import PLANS, AttentionPlan, RotaryTable
-from nemotron_launch.trainer.megatron.logprobs import mask_padding, token_logps
+from nemotron_launch.trainer.megatron.logprobs import keep_likeliest, mask_padding, token_logps
 from nemotron_launch.trainer.megatron.model import Numerics, build_model, unwrap
 from nemotron_launch.trainer.megatron.optimizer import build_optimizer, reduce_gradients
 from nemotron_launch.trainer.megatron.parallel import Layout
+from nemotron_launch.trainer.rollouts import Sampling
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -30,6 +31,7 @@ with warnings.catch_warnings():
 
 # (logps [N, R] of micro-batch i, i) → the loss, already divided by the global batch, and metrics that add up.
 LossFunction = Callable[[Tensor, int], tuple[Tensor, dict[str, Tensor]]]
+EXTREMES = ("_min", "_max")  # metrics with such names are reduced to the least or greatest value
 
 
 class Policy:
@@ -64,10 +66,14 @@ class Policy:
     # -- passes ------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def logps(self, batches: Sequence[Batch]) -> list[Tensor]:
-        """Log-probabilities [N, R] of every micro-batch's masked tail tokens, fp32, 0 elsewhere, on every stage."""
+    def logps(self, batches: Sequence[Batch], sampling: Sampling | None = None) -> list[Tensor]:
+        """Log-probabilities [N, R] of every micro-batch's masked tail tokens, fp32, 0 elsewhere, on every stage.
+
+        sampling: of whose distribution (None: the model's own, as at temperature 1). A token that top_p or top_k would
+        leave out is scored as if it had been kept; of the policy's own samples none is.
+        """
         with self._evaluating():
-            results = self._run(batches, None)
+            results = self._run(batches, None, sampling)
         if not self.layout.last_stage:
             results = [torch.zeros_like(batch.mask_NR) for batch in batches]
         return [parallel.from_last_stage(logps) for logps in results]
@@ -84,14 +90,22 @@ class Policy:
             if was_training:
                 self.gpt.train()
 
-    def train_step(self, batches: Sequence[Batch], loss: LossFunction, metric_names: Sequence[str]) -> dict[str, float]:
+    def train_step(
+        self,
+        batches: Sequence[Batch],
+        loss: LossFunction,
+        metric_names: Sequence[str],
+        sampling: Sampling | None = None,
+    ) -> dict[str, float]:
         """One optimizer step over this rank's micro-batches; metrics summed over micro-batches and data parallelism.
 
+        sampling: as in `logps`. Where it filters, the loss is given [2, N, R]: the log-probabilities in the filtered
+        distribution, and those in the whole one, of which a KL to the reference must be taken (as NeMo-RL does).
         Adds grad_norm (before clipping), lr and wd. Does not judge whether they are finite.
         """
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        collected = self._run(batches, loss)
+        collected = self._run(batches, loss, sampling)
         metrics = self.reduce(collected, metric_names)
         group = self.optimizer.param_groups[0]
         metrics |= {"lr": group["lr"], "wd": group["weight_decay"]}
@@ -109,21 +123,38 @@ class Policy:
         return self.reduce(collected if self.layout.last_stage else [], metric_names)
 
     def reduce(self, collected: Sequence[Mapping[str, Tensor]], names: Sequence[str]) -> dict[str, float]:
-        """Sum metrics over micro-batches and data-parallel ranks; every stage gets the last stage's."""
-        totals = torch.zeros(len(names), dtype=torch.float64, device=self.layout.device)
+        """Metrics over micro-batches and data-parallel ranks; every stage gets the last stage's.
+
+        Names in _min and _max are extremes, all others add up. An extreme of nothing is NaN.
+        """
+        signs = [-1.0 if name.endswith("_min") else 1.0 for name in names if name.endswith(EXTREMES)]
+        ordered = sorted(names, key=lambda name: name.endswith(EXTREMES))
+        count = len(names) - len(signs)
+        totals = torch.zeros(count, dtype=torch.float64, device=self.layout.device)
+        peaks = torch.full((len(signs),), -torch.inf, dtype=torch.float64, device=self.layout.device)
         if self.layout.last_stage:
             for metrics in collected:
-                totals += torch.stack([metrics[name].to(totals) for name in names])
+                values = torch.stack([metrics[name].to(totals) for name in ordered])
+                totals += values[:count]
+                peaks = torch.maximum(peaks, values[count:] * peaks.new_tensor(signs))
         parallel.from_last_stage(parallel.sum_over_data(totals))
-        return dict(zip(names, totals.tolist(), strict=True))
+        if not signs:
+            return dict(zip(ordered, totals.tolist(), strict=True))
+        parallel.from_last_stage(parallel.max_over_data(peaks))
+        found = [
+            sign * peak if math.isfinite(peak) else math.nan for sign, peak in zip(signs, peaks.tolist(), strict=True)
+        ]
+        return dict(zip(ordered, [*totals.tolist(), *found], strict=True))
 
-    def _run(self, batches: Sequence[Batch], loss: LossFunction | None) -> list[Any]:
+    def _run(
+        self, batches: Sequence[Batch], loss: LossFunction | None, sampling: Sampling | None = None
+    ) -> list[Any]:
         """Megatron's schedule over the micro-batches: with a loss forward and backward, else log-probabilities."""
         no_tokens = torch.zeros((), dtype=torch.int, device=self.layout.device)
 
         def forward_step(iterator: Iterator[tuple[int, Batch]], model: torch.nn.Module) -> tuple[Tensor, Any]:
             index, batch = next(iterator)
-            output = self._forward(model, batch)
+            output = self._forward(model, batch, sampling, both=loss is not None)
 
             def finish(logps_NR: Tensor, non_loss_data: bool = False) -> Any:
                 if loss is None:
@@ -148,8 +179,11 @@ class Policy:
         finally:
             PLANS.clear()
 
-    def _forward(self, model: torch.nn.Module, batch: Batch) -> Tensor:
-        """The last stage's log-probabilities [N, R], or another stage's hidden states."""
+    def _forward(self, model: torch.nn.Module, batch: Batch, sampling: Sampling | None, *, both: bool) -> Tensor:
+        """The last stage's log-probabilities [N, R], or another stage's hidden states.
+
+        both: with a sampling that filters, [2, N, R] as `train_step` says.
+        """
         places_W, index_W = wanted_positions(batch)
         plan = self.plan(batch)
         if self.layout.last_stage:
@@ -159,9 +193,16 @@ class Policy:
         output = model(batch.tokens_BS, None, PLANS.register(plan))
         if not self.layout.last_stage:
             return output
-        logps_W = self.target_logps(output.squeeze(0), batch.tails_NR.flatten()[index_W])
-        flat = torch.zeros(batch.mask_NR.numel(), device=logps_W.device).index_copy(0, index_W, logps_W)
-        return flat.view_as(batch.mask_NR)
+        targets_W = batch.tails_NR.flatten()[index_W]
+
+        def placed(logps_W: Tensor) -> Tensor:
+            flat = torch.zeros(batch.mask_NR.numel(), device=logps_W.device).index_copy(0, index_W, logps_W)
+            return flat.view_as(batch.mask_NR)
+
+        logps_NR = placed(self.target_logps(output.squeeze(0), targets_W, sampling))
+        if both and sampling is not None and sampling.filters:
+            return torch.stack([logps_NR, placed(self.target_logps(output.squeeze(0), targets_W, sampling.whole))])
+        return logps_NR
 
     def plan(self, batch: Batch) -> AttentionPlan:
         """Where the batch's tokens stand and what each may see."""
@@ -172,11 +213,18 @@ class Policy:
             mask_BP = places >= batch.prompt_lens_B[:, None]
         return AttentionPlan(batch.prompt, batch.tails, batch.tail, cos, sin, mask_BP)
 
-    def target_logps(self, logits_Wv: Tensor, targets_W: Tensor) -> Tensor:
-        """log softmax(logits)[target], [W], over the whole vocabulary without its padding."""
+    def target_logps(self, logits_Wv: Tensor, targets_W: Tensor, sampling: Sampling | None = None) -> Tensor:
+        """log softmax(logits)[target], [W], over the whole vocabulary without its padding, or as `sampling` filters."""
+        group = parallel_state.get_tensor_model_parallel_group()
         first = self.layout.tensor_rank * logits_Wv.shape[1]
-        masked = mask_padding(logits_Wv, first=first, vocab_size=self.architecture.vocab_size)
-        return token_logps(masked, targets_W, first=first, group=parallel_state.get_tensor_model_parallel_group())
+        logits_Wv = mask_padding(logits_Wv, first=first, vocab_size=self.architecture.vocab_size)
+        if sampling is not None and sampling.temperature not in (0, 1):
+            logits_Wv = logits_Wv.float() / sampling.temperature
+        if sampling is not None and sampling.filters:
+            logits_Wv = keep_likeliest(
+                logits_Wv, targets_W, top_p=sampling.top_p, top_k=sampling.top_k, first=first, group=group
+            )
+        return token_logps(logits_Wv, targets_W, first=first, group=group)
 
     # -- weights -----------------------------------------------------------------------------------------------
 

@@ -116,6 +116,13 @@ def sum_over_data(values: Tensor) -> Tensor:
     return values
 
 
+def max_over_data(values: Tensor) -> Tensor:
+    """The greatest of each value over the data-parallel ranks, in place."""
+    if parallel_state.get_data_parallel_world_size() > 1:
+        dist.all_reduce(values, op=dist.ReduceOp.MAX, group=parallel_state.get_data_parallel_group())
+    return values
+
+
 def from_last_stage(values: Tensor) -> Tensor:
     """Give every pipeline stage the last stage's tensor, in place."""
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
