@@ -18,10 +18,11 @@ from nemotron_launch.trainer.agreement import same_everywhere, together
 from nemotron_launch.trainer.batch import Batch, Group, collate
 from nemotron_launch.trainer.data.preference import PreferencePair, load_preferences
 from nemotron_launch.trainer.data.sources import data_section
-from nemotron_launch.trainer.loop import LoopConfig, Progress, Run, resume, train
+from nemotron_launch.trainer.loop import LoopConfig, Progress, Run, Step, resume, train
 from nemotron_launch.trainer.losses import DPOWeights, dpo_loss
 from nemotron_launch.trainer.policy import LossFunction, Policy
 from nemotron_launch.trainer.reference import Reference, open_reference
+from nemotron_launch.trainer.row_steps import row_step
 from nemotron_launch.trainer.setup import (
     Session,
     checkpoint_to_resume,
@@ -63,7 +64,7 @@ def run(session: Session) -> int:
     progress = Progress.from_info(found[1]) if found else Progress()
     start = find_start(session, found[1]["warm_start"] if found else None, again=True)
     with open_metrics(session, progress.step) as metrics:
-        if found and progress.step >= loop.total_steps:
+        if found and loop.over(progress):
             return say_finished(session, found[0], progress.step, loop.total_steps, limit="dpo.max_num_steps")
         log.info("%d training pairs, %d steps of %d", len(pairs), loop.total_steps, loop.global_batch)
         policy = new_policy(session)
@@ -215,7 +216,10 @@ class PreferenceTask:
     def sources(self, indices: np.ndarray) -> list[str]:
         return [self.pairs[i].source for i in indices]
 
-    def validate(self) -> dict[str, float]:
+    def step(self, run: Run, progress: Progress) -> Step:
+        return row_step(self, run, progress)
+
+    def validate(self, step: int) -> dict[str, float]:
         """Each validation set's loss and accuracies, then what the policy writes for held-out prompts."""
         line: dict[str, float] = {}
         for name, pairs in self.validation.items():

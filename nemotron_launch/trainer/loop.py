@@ -1,4 +1,4 @@
-"""The training loop that SFT and DPO share: steps, validation, checkpoints, signals, metrics."""
+"""The training loop that all steps share: when to train, validate, save and stop; metrics, signals, resume."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,12 +19,11 @@ import yaml
 from nemotron_launch.errors import UserError
 from nemotron_launch.trainer import exit_codes
 from nemotron_launch.trainer.agreement import SharedError, on_rank_0
-from nemotron_launch.trainer.batch import Batch
 from nemotron_launch.trainer.checkpoints import WEIGHTS, CheckpointStore, metric_value, out_of_time, parse_must_save_by
 from nemotron_launch.trainer.data.order import Position, batch_indices, next_position, steps_per_epoch
 from nemotron_launch.trainer.megatron import checkpoint, parallel
 from nemotron_launch.trainer.metrics import MetricsLog
-from nemotron_launch.trainer.policy import LossFunction, Policy
+from nemotron_launch.trainer.policy import Policy
 from nemotron_launch.trainer.signals import StopRequest
 from nemotron_launch.trainer.tokenizer import Tokenizer
 
@@ -35,26 +34,30 @@ FULL_MIB = 4
 
 
 class Task(Protocol):
-    """What differs between the steps: their rows, losses and validations."""
+    """What differs between the steps: what one step of the loop does, and how its result is validated."""
 
-    metric_names: Sequence[str]
     advice: str  # what to change first where the loss is not finite
 
-    @property
-    def rows(self) -> int:
-        """How many training samples there are."""
+    def step(self, run: Run, progress: Progress) -> Step:
+        """Train once, from `progress`, which is the loop's to move. Ends before a loss that is not finite."""
 
-    def train_batches(self, indices: np.ndarray) -> tuple[list[Batch], LossFunction]:
-        """This rank's micro-batches of one global batch, and the loss that is normalised by the whole of it."""
-
-    def describe(self, indices: np.ndarray) -> dict[str, float]:
-        """Metrics of a global batch that need no model: lengths, tokens. `tokens` is the count of all of them."""
-
-    def sources(self, indices: np.ndarray) -> list[str]:
-        """File and line of each sample, for messages."""
-
-    def validate(self) -> dict[str, float]:
+    def validate(self, step: int) -> dict[str, float]:
         """Metrics by full name, such as `validation-default/loss`."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step of the loop did.
+
+    metrics: by full name, with `train/loss` and `train/grad_norm`. position: where the data goes on. samples: how many
+    were trained on. sources: their files and lines, for messages.
+    """
+
+    metrics: dict[str, float]
+    position: Position
+    samples: int
+    valid_tokens: int
+    sources: Callable[[], list[str]]
 
 
 @dataclass(frozen=True)
@@ -63,9 +66,11 @@ class LoopConfig:
 
     global_batch: int
     total_steps: int
+    max_epochs: int
     seed: int
     shuffle: bool
     val_period: int
+    val_start_at: int
     val_at_start: bool
     val_at_end: bool
     save_optimizer: bool
@@ -74,23 +79,35 @@ class LoopConfig:
 
     @staticmethod
     def of(config: Mapping[str, Any], section: str, rows: int) -> LoopConfig:
-        """From a composed config; section is "dpo" or "sft". total_steps is the lesser of steps and epochs."""
+        """From a composed config; section is "dpo", "sft" or "grpo". total_steps is the lesser of steps and epochs.
+
+        GRPO's batches are prompts; with dynamic sampling a step may take several, and the epochs end before.
+        """
         part, saving = config[section], config["checkpointing"]
-        global_batch = config["policy"]["train_global_batch_size"]
-        in_epoch = steps_per_epoch(rows, global_batch, drop_last=True)
+        global_batch, key = config["policy"]["train_global_batch_size"], "policy.train_global_batch_size"
+        if section == "grpo":
+            key = "grpo.num_prompts_per_step"
+            global_batch = int(part["num_prompts_per_step"] * part["batch_multiplier"])
+        in_epoch = steps_per_epoch(rows, global_batch, drop_last=True, key=key)
         must = saving["checkpoint_must_save_by"]
         return LoopConfig(
             global_batch=global_batch,
             total_steps=min(part["max_num_steps"], part["max_num_epochs"] * in_epoch),
+            max_epochs=part["max_num_epochs"],
             seed=part["seed"],
             shuffle=config["data"]["shuffle"],
             val_period=part["val_period"],
+            val_start_at=part.get("val_start_at", -1),
             val_at_start=part["val_at_start"],
             val_at_end=part["val_at_end"],
             save_optimizer=saving["save_optimizer"],
             must_save_by=parse_must_save_by(must),
             checkpoints=saving["enabled"],
         )
+
+    def over(self, progress: Progress) -> bool:
+        """Whether nothing is left to do."""
+        return progress.step >= self.total_steps or progress.position.epoch >= self.max_epochs
 
 
 @dataclass
@@ -106,6 +123,13 @@ class Progress:
     def from_info(info: Mapping[str, Any]) -> Progress:
         position = Position.from_dict(info)
         return Progress(info["step"], position, info["consumed_samples"], info["total_valid_tokens"])
+
+    def after(self, done: Step) -> None:
+        """Move on behind a step."""
+        self.step += 1
+        self.position = done.position
+        self.consumed_samples += done.samples
+        self.total_valid_tokens += done.valid_tokens
 
 
 @dataclass(frozen=True)
@@ -128,12 +152,13 @@ def visiting_order(config: LoopConfig, rows: int, *, position: Position, steps: 
     """The global batches of the next `steps` steps from a position."""
     batches = []
     for _ in range(steps):
-        batches.append(_batch(config, rows, position))
+        batches.append(batch_at(config, rows, position))
         position = next_position(position, rows, config.global_batch, drop_last=True)
     return batches
 
 
-def _batch(config: LoopConfig, rows: int, position: Position) -> np.ndarray:
+def batch_at(config: LoopConfig, rows: int, position: Position) -> np.ndarray:
+    """The row indices of the global batch at a position."""
     return batch_indices(
         rows,
         seed=config.seed,
@@ -152,63 +177,36 @@ def train(run: Run, progress: Progress) -> int:
     """
     config, task = run.config, run.task
     if config.val_at_start and progress.step == 0:
-        line = task.validate()
+        line = task.validate(0)
         _rank_value(run, line)
         run.metrics.log(0, 0, line)
     first, began = progress.step, time.monotonic()
     with run.metrics.progress(config.total_steps, first):
-        while progress.step < config.total_steps:
+        while not config.over(progress):
             if progress.step == first and run.stop.agree(False, first):
                 log.info("asked to stop before step %d (exit code %d)", first + 1, exit_codes.RESUME_ME)
                 return exit_codes.RESUME_ME
-            epoch, indices = progress.position.epoch, _batch(config, task.rows, progress.position)
-            line = _step(run, progress, indices)
-            last = progress.step == config.total_steps
+            epoch, done = progress.position.epoch, task.step(run, progress)
+            line = dict(done.metrics)
+            not_finite = [name for name in ("loss", "grad_norm") if not math.isfinite(line[f"train/{name}"])]
+            _stop_if(not_finite, progress.step + 1, run, done)
+            progress.after(done)
+            last = config.over(progress)
             due = config.val_period > 0 and progress.step % config.val_period == 0
-            if due or (last and config.val_at_end):
-                line |= task.validate()
+            if (due and progress.step >= config.val_start_at) or (last and config.val_at_end):
+                line |= task.validate(progress.step)
             _rank_value(run, line)
             must_stop = _must_stop(run, (time.monotonic() - began) / (progress.step - first), progress.step)
             # Before the checkpoint: a run that resumes from it then misses no line.
             run.metrics.log(progress.step, epoch, line)
             if config.checkpoints and run.store.should_save(progress.step, last=last, stopping=must_stop):
-                _stop_if(_not_finite(run.policy, line), progress.step, run, indices)
+                _stop_if(_not_finite(run.policy, line), progress.step, run, done)
                 save(run, progress, line)
             if must_stop and not last:
                 ready = "ready to resume" if config.checkpoints else "nothing saved (checkpointing.enabled is false)"
                 log.info("stopped after step %d, %s (exit code %d)", progress.step, ready, exit_codes.RESUME_ME)
                 return exit_codes.RESUME_ME
     return exit_codes.FINISHED
-
-
-def _step(run: Run, progress: Progress, indices: np.ndarray) -> dict[str, float]:
-    """One optimizer step on the rows `indices`; moves `progress` on and returns the step's metrics."""
-    config, task, policy = run.config, run.task, run.policy
-    began = time.monotonic()
-    batches, loss = task.train_batches(indices)
-    values = policy.train_step(batches, loss, task.metric_names)
-    not_finite = [name for name in ("loss", "grad_norm") if not math.isfinite(values[name])]
-    _stop_if(not_finite, progress.step + 1, run, indices)
-    elapsed = time.monotonic() - began
-    batch = task.describe(indices)
-    progress.step += 1
-    progress.position = next_position(progress.position, task.rows, config.global_batch, drop_last=True)
-    progress.consumed_samples += len(indices)
-    progress.total_valid_tokens += int(batch["global_valid_toks"])
-    line = {f"train/{name}": value for name, value in (values | batch).items() if name != "tokens"}
-    return line | _timing(batch, elapsed, policy)
-
-
-def _timing(batch: Mapping[str, float], elapsed: float, policy: Policy) -> dict[str, float]:
-    processes = policy.layout.data * policy.layout.tensor * policy.layout.pipeline
-    timing = {
-        "timing/train/total_step_time": elapsed,
-        "timing/train/tokens_per_sec": batch["tokens"] / elapsed,
-        "timing/train/valid_tokens_per_sec_per_gpu": batch["global_valid_toks"] / elapsed / processes,
-    }
-    if policy.layout.device.type == "cuda":
-        timing["train/gpu_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    return timing
 
 
 def _must_stop(run: Run, mean_step_s: float, step: int) -> bool:
@@ -224,11 +222,11 @@ def _not_finite(policy: Policy, line: Mapping[str, float]) -> list[str]:
     return [*bad, "weights"] if parallel.any_rank(here, policy.layout.device) else bad
 
 
-def _stop_if(not_finite: Sequence[str], step: int, run: Run, indices: np.ndarray) -> None:
+def _stop_if(not_finite: Sequence[str], step: int, run: Run, done: Step) -> None:
     """End the run where something is not finite, the same on every rank, naming the step and its rows."""
     if not not_finite:
         return
-    sources = run.task.sources(indices)
+    sources = done.sources()
     shown = ", ".join(sources[:8]) + (f" and {len(sources) - 8} more" if sources[8:] else "")
     good = run.store.latest()
     raise SharedError(
@@ -301,8 +299,12 @@ def _of_train(line: Mapping[str, float]) -> dict[str, float]:
 
 
 def _of_validation(line: Mapping[str, float]) -> dict[str, float]:
-    # NeMo-RL's names: `validation-default/loss` is `validation-default_loss` there.
-    return {name.replace("/", "_"): value for name, value in line.items() if name.startswith("validation-")}
+    # NeMo-RL's names: `validation-default/loss` is `validation-default_loss` there, `validation/accuracy` `accuracy`.
+    return {
+        name.removeprefix("validation/").replace("/", "_"): value
+        for name, value in line.items()
+        if name.startswith(("validation-", "validation/"))
+    }
 
 
 def training_info(run: Run, progress: Progress, line: Mapping[str, float]) -> dict[str, Any]:

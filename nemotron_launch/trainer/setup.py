@@ -135,13 +135,12 @@ def _open(config: Mapping[str, Any], step_dir: Path, started: float, stop: StopR
     _check_sizes(config)
     policy, megatron = config["policy"], config["policy"]["megatron_cfg"]
     os.environ.update({name: str(value) for name, value in (megatron.get("env_vars") or {}).items()})
-    section = config.get("dpo") or config.get("sft") or {}
     layout = parallel.start(
         tensor=megatron["tensor_model_parallel_size"],
         pipeline=megatron["pipeline_model_parallel_size"],
         sequence_parallel=megatron["sequence_parallel"],
         device=policy["device"],
-        seed=section["seed"],
+        seed=loop_section(config)["seed"],
     )
     if layout.device.type == "cpu" and policy["precision"] != "float32":
         raise UserError(
@@ -162,11 +161,18 @@ def _open(config: Mapping[str, Any], step_dir: Path, started: float, stop: StopR
 def _check_sizes(config: Mapping[str, Any]) -> None:
     """The launcher's checks again, for the processes that were started: they may be others than the config's."""
     started = {**config["cluster"], "num_nodes": 1, "procs_per_node": int(os.environ.get("WORLD_SIZE", "1"))}
-    step = next(step for step, (section, _) in checks.LOOPS.items() if config.get(section))
+    steps = {section: step for step, (section, _) in checks.LOOPS.items()} | {"grpo": checks.ROLLOUTS[0]}
+    step = next(step for section, step in steps.items() if config.get(section))
     problems = checks.check(step, {**config, "cluster": started})
     if problems:
         more = [line for problem in problems[1:] for line in (f"{problem.key}: {problem.message}", problem.hint)]
         raise UserError(problems[0].message, where=problems[0].key, hint="\n".join([problems[0].hint, *more]))
+
+
+def loop_section(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The section of a config that rules its loop: dpo, sft or grpo."""
+    found: Mapping[str, Any] = config.get("dpo") or config.get("sft") or config["grpo"]
+    return found
 
 
 def _store(saving: Mapping[str, Any]) -> CheckpointStore:
@@ -209,8 +215,8 @@ def row_multiple(session: Session) -> int:
 
 def new_policy(session: Session) -> Policy:
     """A policy of the config's shape with weights drawn from the seed."""
-    section = session.config.get("dpo") or session.config.get("sft") or {}
-    return Policy(session.architecture, session.layout, numerics(session.config), seed=section["seed"])
+    seed = loop_section(session.config)["seed"]
+    return Policy(session.architecture, session.layout, numerics(session.config), seed=seed)
 
 
 def checkpoint_to_resume(session: Session, *, data: str) -> tuple[Path, dict[str, Any]] | None:
@@ -260,7 +266,7 @@ def find_start(session: Session, recorded: Mapping[str, Any] | None, *, again: b
 
     again: whether a resumed run needs the same ones, which, where they were drawn, depend on seed and layout.
     """
-    layout, section = session.layout, session.config.get("dpo") or session.config.get("sft") or {}
+    layout, section = session.layout, loop_section(session.config)
     drawn = f"seed {section['seed']}, tensor {layout.tensor}, pipeline {layout.pipeline}" if again else "once"
     return on_rank_0(
         lambda: warm_start.find(

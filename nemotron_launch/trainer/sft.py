@@ -18,9 +18,10 @@ from nemotron_launch.trainer.agreement import same_everywhere, together
 from nemotron_launch.trainer.batch import Batch, Group, collate
 from nemotron_launch.trainer.data.sft import SFTExample, load_sft
 from nemotron_launch.trainer.data.sources import data_section
-from nemotron_launch.trainer.loop import LoopConfig, Progress, Run, resume, train
+from nemotron_launch.trainer.loop import LoopConfig, Progress, Run, Step, resume, train
 from nemotron_launch.trainer.losses import sft_loss
 from nemotron_launch.trainer.policy import LossFunction, Policy
+from nemotron_launch.trainer.row_steps import row_step
 from nemotron_launch.trainer.setup import (
     Session,
     checkpoint_to_resume,
@@ -53,7 +54,7 @@ def run(session: Session) -> int:
     progress = Progress.from_info(found[1]) if found else Progress()
     start = find_start(session, found[1]["warm_start"] if found else None, again=False)
     with open_metrics(session, progress.step) as metrics:
-        if found and progress.step >= loop.total_steps:
+        if found and loop.over(progress):
             return say_finished(session, found[0], progress.step, loop.total_steps, limit="sft.max_num_steps")
         log.info("%d training rows, %d steps of %d", len(examples), loop.total_steps, loop.global_batch)
         policy = new_policy(session)
@@ -175,7 +176,10 @@ class ConversationTask:
     def sources(self, indices: np.ndarray) -> list[str]:
         return [self.examples[i].source for i in indices]
 
-    def validate(self) -> dict[str, float]:
+    def step(self, run: Run, progress: Progress) -> Step:
+        return row_step(self, run, progress)
+
+    def validate(self, step: int) -> dict[str, float]:
         """Each validation set's loss, then exact match of greedy answers for held-out prompts."""
         line: dict[str, float] = {}
         for name, examples in self.validation.items():
