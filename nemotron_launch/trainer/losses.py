@@ -99,3 +99,35 @@ def kl_k1(logps_BS: Tensor, ref_logps_BS: Tensor, mask_BS: Tensor) -> Tensor:
     is never negative but where one token that the policy has all but given up can outweigh all the others.
     """
     return ((logps_BS - ref_logps_BS).double() * mask_BS).sum()
+
+
+def token_kl(
+    logps_BS: Tensor,
+    ref_logps_BS: Tensor,
+    *,
+    kind: str = "k3",
+    input_clamp: float | None = None,
+    output_clamp: float | None = None,
+    weights_BS: Tensor | None = None,
+) -> Tensor:
+    """Estimate of KL(policy ‖ reference) at each sampled token in nats (Schulman 2020), [B, S].
+
+    With d = log reference - log policy, clamped to ±input_clamp: k1 is -d, k2 is d²/2, k3 is exp(d) - 1 - d.
+    weights_BS multiplies the estimate before it is clamped to ±output_clamp, as NeMo-RL's main branch has it, so that
+    the gradient holds the score-function term of a weight that depends on the policy (Tang & Munos 2025,
+    arXiv 2506.09477). NeMo-RL 0.6 detaches the weight and applies it after the clamp: the same value, another gradient.
+    """
+    difference_BS = ref_logps_BS - logps_BS
+    if input_clamp is not None:
+        difference_BS = difference_BS.clamp(-input_clamp, input_clamp)
+    if kind == "k1":
+        kl_BS = -difference_BS
+    elif kind == "k2":
+        kl_BS = difference_BS.square() / 2
+    elif kind == "k3":
+        kl_BS = torch.expm1(difference_BS) - difference_BS
+    else:
+        raise ValueError(f"no KL estimator {kind}: k1, k2, k3")
+    if weights_BS is not None:
+        kl_BS = kl_BS * weights_BS
+    return kl_BS if output_clamp is None else kl_BS.clamp(-output_clamp, output_clamp)
