@@ -146,9 +146,7 @@ class Policy:
         ]
         return dict(zip(ordered, [*totals.tolist(), *found], strict=True))
 
-    def _run(
-        self, batches: Sequence[Batch], loss: LossFunction | None, sampling: Sampling | None = None
-    ) -> list[Any]:
+    def _run(self, batches: Sequence[Batch], loss: LossFunction | None, sampling: Sampling | None = None) -> list[Any]:
         """Megatron's schedule over the micro-batches: with a loss forward and backward, else log-probabilities."""
         no_tokens = torch.zeros((), dtype=torch.int, device=self.layout.device)
 

@@ -10,11 +10,12 @@ import numpy as np
 import torch
 
 from nemotron_launch.trainer.batch import Group, collate
-from nemotron_launch.trainer.generation import Completion, generate
+from nemotron_launch.trainer.generation import MegatronGenerator
 from nemotron_launch.trainer.losses import kl_k1
 from nemotron_launch.trainer.megatron import parallel
 from nemotron_launch.trainer.megatron.parallel import Layout
 from nemotron_launch.trainer.policy import Policy
+from nemotron_launch.trainer.rollouts import Completion, Sampling
 
 if TYPE_CHECKING:
     from nemotron_launch.trainer.reference import Reference
@@ -89,12 +90,12 @@ class GenerationCheck:
         for start in range(0, len(mine), AT_ONCE):
             part = mine[start : start + AT_ONCE]
             texts = [prompts[i] for i in part]
-            greedy = self._generate(policy, texts, temperature=0.0, first_key=int(part[0]))
+            greedy = self._generate(policy, texts, temperature=0.0, keys=part)
             right = sum(np.array_equal(done.ids, answers[i]) for done, i in zip(greedy, part, strict=True))
             tokens = sum(len(done.ids) for done in greedy)
             totals += torch.tensor([right, tokens, len(part), 0, 0], dtype=torch.float64, device=layout.device)
             if reference is not None:
-                sampled = self._generate(policy, texts, temperature=self.temperature, first_key=int(part[0]))
+                sampled = self._generate(policy, texts, temperature=self.temperature, keys=part)
                 totals[3:] += self._kl(policy, texts, sampled, reference)
         parallel.sum_over_data(totals)
         right_, tokens_, count, kl, kl_tokens = totals.tolist()
@@ -105,17 +106,11 @@ class GenerationCheck:
         return result
 
     def _generate(
-        self, policy: Policy, prompts: Sequence[np.ndarray], *, temperature: float, first_key: int
+        self, policy: Policy, prompts: Sequence[np.ndarray], *, temperature: float, keys: np.ndarray
     ) -> list[Completion]:
-        return generate(
-            policy,
-            prompts,
-            max_new_tokens=self.max_new_tokens,
-            stop_ids=self.stop_ids,
-            temperature=temperature,
-            seed=self.seed,
-            first_key=first_key,
-        )
+        sampling = Sampling(self.max_new_tokens, temperature=temperature, stop_ids=self.stop_ids)
+        done = MegatronGenerator(policy).generate(prompts, sampling, seed=self.seed, prompt_keys=keys.tolist())
+        return [completions[0] for completions in done]
 
     def _kl(
         self, policy: Policy, prompts: Sequence[np.ndarray], sampled: Sequence[Completion], reference: Reference

@@ -12,11 +12,12 @@ from models import batch_of, megatron_section, pairs
 
 from nemotron_launch.trainer import hf
 from nemotron_launch.trainer.batch import Group
-from nemotron_launch.trainer.generation import generate
+from nemotron_launch.trainer.generation import MegatronGenerator
 from nemotron_launch.trainer.losses import DPOWeights, dpo_loss, sequence_logps
 from nemotron_launch.trainer.megatron import checkpoint, parallel
 from nemotron_launch.trainer.megatron.model import Numerics
 from nemotron_launch.trainer.policy import Policy
+from nemotron_launch.trainer.rollouts import Sampling
 from nemotron_launch.trainer.validation import shares
 
 METRICS = ("loss", "accuracy", "rewards_chosen_mean", "num_valid_samples")
@@ -83,8 +84,9 @@ def main() -> None:
     prompts = [np.arange(2, 2 + n) for n in (3, 7, 5)]
     texts = {}
     for temperature in (0.0, 1.0):
-        done = generate(policy, prompts, max_new_tokens=12, stop_ids=[5, 9], samples=2, temperature=temperature, seed=3)
-        texts[str(temperature)] = [[one.ids.tolist(), one.logps.tolist()] for one in done]
+        sampling = Sampling(12, temperature=temperature, stop_ids=(5, 9))
+        groups = MegatronGenerator(policy).generate(prompts, sampling, samples=2, seed=3)
+        texts[str(temperature)] = [[one.ids.tolist(), one.logps.tolist()] for group in groups for one in group]
     if layout.rank == 0:
         args.out.write_text(json.dumps({"steps": lines, "texts": texts}))
     parallel.stop()

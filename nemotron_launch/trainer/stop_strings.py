@@ -1,0 +1,47 @@
+"""Texts that end an answer, found as its tokens come."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from nemotron_launch.trainer.tokenizer import Tokenizer
+
+# A fragment of a character decodes to this.
+_FRAGMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+class StopStrings:
+    """Ends a sequence with the first token after which its text holds one of `texts`.
+
+    Most tokens cannot be the last of a stop string, which a table of the vocabulary says; only where one can, the end
+    of the text is decoded.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, texts: Sequence[str], device: torch.device) -> None:
+        self.tokenizer = tokenizer
+        self.texts = tuple(texts)
+        # As many tokens as may hold a stop string: a token stands for a byte or more, and special tokens for many.
+        # Some more, because a decoder may treat the first token of a text in its own way.
+        self.window = max(len(text.encode()) for text in texts) + 8
+        last = {text[-1] for text in texts}
+        may_end = [
+            _FRAGMENT in (text := tokenizer.decode([token, token])) or any(character in text for character in last)
+            for token in range(tokenizer.vocab_size)
+        ]
+        self.may_end_V = torch.tensor(may_end, device=device)
+
+    def ended(self, written: Tensor, rows_N: Tensor, next_N: Tensor, length: int) -> Tensor:
+        """Which of the sequences `rows_N` of `written` [all, tokens], `length` tokens long, end with `next_N`."""
+        # A model's vocabulary may be padded beyond the tokenizer's; such a token has no text.
+        known_N = next_N < len(self.may_end_V)
+        ended_N = self.may_end_V[next_N.where(known_N, torch.zeros_like(next_N))] & known_N
+        places = ended_N.nonzero().squeeze(1)
+        if len(places):
+            ends = written[rows_N[places], max(length - self.window, 0) : length].tolist()
+            texts = [self.tokenizer.decode(end) for end in ends]
+            found = [any(stop in text for stop in self.texts) for text in texts]
+            ended_N[places] = torch.tensor(found, device=ended_N.device)
+        return ended_N
