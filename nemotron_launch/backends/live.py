@@ -27,7 +27,12 @@ class Submission:
 
 @frozen
 class Seen:
-    """What the executor and the run's folder say of a run now; fields as in Run. expected_start: of one that waits."""
+    """What the executor and the run's folder say of a run now; fields as in Run. expected_start: of one that waits.
+
+    job_id: the job that carries the run now, where it is another than asked for: a successor has taken over, and the
+    ledger follows. wants_successor: its job is over for good (preempted by a site that cancels, its node gone), the run
+    is not, and nobody has submitted another job: `submit_successor` does. The run counts as pending meanwhile.
+    """
 
     state: State
     reason: str = ""
@@ -38,6 +43,7 @@ class Seen:
     ended: float | None = None
     expected_start: float | None = None
     job_id: str = ""
+    wants_successor: bool = False
 
 
 @frozen
@@ -62,6 +68,12 @@ class Backend(Protocol):
 
     def poll(self, runs: Sequence[Run]) -> dict[str, Seen]:
         """How these runs are, by run id, in as few calls as can be; a run that nothing is known of is left out."""
+
+    def submit_successor(self, run: Run) -> Submission:
+        """Another job for a run that was `seen.wants_successor`; safe when several do it at once: one of them trains.
+
+        Called by whoever polls: the attached client and every `jobs` command. The restart is counted, max_restarts kept.
+        """
 
     def cancel(self, runs: Sequence[Run]) -> None:
         """End them for good, no requeue. One that is over already is no error."""
