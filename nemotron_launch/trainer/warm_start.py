@@ -47,16 +47,16 @@ class WarmStart:
         return {"kind": self.kind, "named": self.named, "path": path, "fingerprint": self.fingerprint}
 
 
-def model_folder(name: str, *, step_dir: Path | None) -> Path:
+def model_folder(name: str, *, step_dir: Path | None, where: str = "policy.model_name") -> Path:
     """The local folder of a Hugging Face model: given as one, or fetched from the hub into its cache.
 
     Raises UserError where it is neither, or where the hub cannot be reached and the cache lacks it.
     """
-    path = resolve_path(name, step_dir, "policy.model_name")
+    path = resolve_path(name, step_dir, where)
     if path.is_dir():
         return path
     if not is_hub_id(name):
-        raise UserError(f"there is no folder {name}", where="policy.model_name")
+        raise UserError(f"there is no folder {name}", where=where)
     from huggingface_hub import snapshot_download
 
     try:
@@ -66,7 +66,7 @@ def model_folder(name: str, *, step_dir: Path | None) -> Path:
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"{name} is neither a folder nor to be had from the hub: {first_line}",
-            where="policy.model_name",
+            where=where,
             hint="give a local folder, set HF_TOKEN for a gated model, or fetch it on a machine with a network first",
         ) from error
 
