@@ -109,6 +109,19 @@ class Bundle:
 
 
 @frozen
+class Point:
+    """A point of a sweep: what it sets, and all that is its own beside the rest of the job.
+
+    config: the text of its config.yaml. produces: as Job.produces.
+    """
+
+    overrides: tuple[str, ...]
+    output_dir: str
+    config: str
+    produces: tuple[Artifact, ...]
+
+
+@frozen
 class Job:
     """One run, described completely.
 
@@ -117,7 +130,9 @@ class Job:
     that a resubmitted run finds its checkpoints. command: argv on every node, started once a node; it starts the
     node's `procs` processes. gpus_per_node: GPUs of each node that trains; services that share the first have some of
     them, after the first `procs`. env: set last inside the container. setup: shell lines, run on every node before the
-    command. options: the profile's executor keys (account, partition, node_group, …), checked by its schema.
+    command. options: the profile's executor keys (account, partition, node_group, …), checked by its schema. points:
+    of a sweep that is one array job, `max_parallel` of them at a time (0: all); command, output_dir and produces are
+    then the first point's, and its folder is `<run_dir>/point-<number>`.
     """
 
     run_id: str
@@ -147,3 +162,5 @@ class Job:
     template: str = ""
     template_from_cwd: bool = False
     profile_from_cwd: bool = False
+    points: tuple[Point, ...] = ()
+    max_parallel: int = 0

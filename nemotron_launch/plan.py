@@ -9,7 +9,6 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from nemotron_launch import bundle, crosschecks
 from nemotron_launch.catalog import Port, Step
 from nemotron_launch.config import checks
-from nemotron_launch.config.compose import Composed, compose_many, report
+from nemotron_launch.config.compose import Composed, Composer, composer, report
 from nemotron_launch.config.schema import knows, load_schema
 from nemotron_launch.config.tree import DEFAULT, Node, Source, drop, from_plain
 from nemotron_launch.config.validation import Problem
@@ -68,7 +67,16 @@ def compose_for(
     env: Mapping[str, str] | None = None,
 ) -> Composed:
     """A config of this step, composed with its schema and the profile's share. env: this process's, unless given."""
-    return next(_composed(step, config, [overrides], profile, env))
+    return composer_for(step, config, profile, env=env)(overrides)
+
+
+def composer_for(
+    step: Step, config: Path, profile: Profile | None = None, *, env: Mapping[str, str] | None = None
+) -> Composer:
+    """compose_for for many lists of overrides: the points of a sweep."""
+    layers = _layers(step, profile) if profile else []
+    guarded = _environment(profile, os.environ if env is None else env)
+    return composer(config, schema=step.schema, step_dir=step.folder, layers=layers, env=guarded)
 
 
 def plan_job(
@@ -80,6 +88,7 @@ def plan_job(
     run_id: str | None = None,
     attached: bool = True,
     origin: Origin = HERE,
+    point: int | None = None,
 ) -> Job:
     """The job that runs this step with this config where the profile says; None is this machine.
 
@@ -91,28 +100,11 @@ def plan_job(
     check_passthrough(step, passthrough)
     if run_id is not None:
         check_run_id(run_id)
-    job = _job(step, composed, profile, passthrough, run_id or _NO_ID, attached, origin)
+    job = _job(step, composed, profile, passthrough, run_id or _NO_ID, attached, origin, point)
     if run_id is None:
         job = _named(job, _content_id(job))
     crosschecks.check(job, step, composed, profile)
     return job
-
-
-def plan_many(
-    step: Step,
-    config: Path,
-    points: Sequence[Sequence[str]],
-    overrides: Sequence[str] = (),
-    profile: Profile | None = None,
-    passthrough: Sequence[str] = (),
-    *,
-    env: Mapping[str, str] | None = None,
-) -> Iterator[Job]:
-    """A job for each point of a sweep; a point is a list of overrides that go over `overrides`."""
-    found: Callable[[Step, tuple[str, ...]], Bundle] = cache(lambda _, code: bundle.bundle(step, code))
-    once = replace(HERE, bundle=lambda _, code: found(step.id, tuple(code)))  # type: ignore[arg-type]
-    for composed in _composed(step, config, [[*overrides, *point] for point in points], profile, env):
-        yield plan_job(step, composed, profile, passthrough, attached=False, origin=once)
 
 
 def new_run_id(step: Step, composed: Composed) -> str:
@@ -121,6 +113,11 @@ def new_run_id(step: Step, composed: Composed) -> str:
     import time
 
     return f"{time.strftime('%Y%m%d-%H%M%S')}-{_slug(step, composed)}-{secrets.token_hex(3)}"
+
+
+def point_folder(point: int) -> str:
+    """The folder of a point in its sweep's."""
+    return f"point-{point}"
 
 
 def check_run_id(run_id: str) -> None:
@@ -164,18 +161,6 @@ def check_passthrough(step: Step, passthrough: Sequence[str]) -> None:
 
 
 # The profile's share of the config --------------------------------------------------------------------------------
-
-
-def _composed(
-    step: Step,
-    config: Path,
-    points: Sequence[Sequence[str]],
-    profile: Profile | None,
-    env: Mapping[str, str] | None,
-) -> Iterator[Composed]:
-    layers = _layers(step, profile) if profile else []
-    guarded = _environment(profile, os.environ if env is None else env)
-    return compose_many(config, points, schema=step.schema, step_dir=step.folder, layers=layers, env=guarded)
 
 
 def _layers(step: Step, profile: Profile) -> list[Node]:
@@ -227,6 +212,7 @@ def _job(
     run_id: str,
     attached: bool,
     origin: Origin,
+    point: int | None,
 ) -> Job:
     data = profile.data if profile else {}
     executor: Executor = profile.executor if profile else "local"
@@ -234,8 +220,11 @@ def _job(
     code = [str(folder) for folder in composed.get("run.code", [])]
     root = str(data.get("remote_job_dir") or RUNS)
     run_dir = posixpath.join(root, run_id)
+    own_dir = run_dir if point is None else posixpath.join(run_dir, point_folder(point))
+    if local:  # where the points of a sweep share nothing
+        run_dir = own_dir
     workdir = "." if local else posixpath.normpath(root)
-    output_dir = str(Path(str(composed.get("output_dir", posixpath.join(run_dir, "output")))))
+    output_dir = str(Path(str(composed.get("output_dir", posixpath.join(own_dir, "output")))))
     if local:
         script = posixpath.join(origin.steps, step.id) if origin.steps else str(step.folder)
     else:
@@ -243,7 +232,7 @@ def _job(
         output_dir = posixpath.normpath(posixpath.join(workdir, output_dir))
     container = _container(step, composed, data, executor, origin)
     procs = processes(step, composed)
-    command = [posixpath.join(script, step.entry.script), "--config", posixpath.join(run_dir, "config.yaml")]
+    command = [posixpath.join(script, step.entry.script), "--config", posixpath.join(own_dir, "config.yaml")]
     if step.entry.launch == "processes":
         spawn = ["-m", "nemotron_launch.trainer.spawn", "--procs", str(procs), "--output-dir", output_dir, "--"]
         command = [*spawn, *command]

@@ -11,7 +11,7 @@ import pytest
 from nemotron_launch.catalog import find_config, find_step
 from nemotron_launch.errors import UserError
 from nemotron_launch.job import Job, Mount
-from nemotron_launch.plan import compose_for, new_run_id, plan_job, plan_many
+from nemotron_launch.plan import compose_for, new_run_id, plan_job
 from nemotron_launch.profiles import Profile
 from tests.sites import LEPTON, SLURM, profile
 from tests.step_trees import add_step
@@ -217,12 +217,3 @@ def test_a_run_id_that_cannot_be_a_name_is_refused(run_id: str) -> None:
     with pytest.raises(UserError, match="cannot be a run id") as caught:
         job_of("dpo", "tiny", run_id=run_id)
     assert caught.value.where == "--run-id"
-
-
-def test_a_sweeps_points_are_the_jobs_that_each_point_alone_compiles_to(tmp_path: Path) -> None:
-    step, where = find_step("dpo"), profile(tmp_path, SLURM)
-    points = [["dpo.seed=1"], ["dpo.seed=2", "dpo.max_num_steps=300"]]
-    jobs = list(plan_many(step, find_config(step, "default"), points, ["policy.train_global_batch_size=64"], where))
-    for job, point in zip(jobs, points, strict=True):
-        alone = job_of("dpo", "default", "policy.train_global_batch_size=64", *point, where=where, attached=False)
-        assert job == alone

@@ -104,7 +104,8 @@ def _values(job: Job, image: images.Image | None) -> dict[str, Any]:
         "secrets": bool(job.secrets),
         "interface": _word(job.options["interface"], "interface") if job.options.get("interface") else "",
         "hang_timeout": int(job.options.get("hang_timeout") or 0),
-        "metrics": _word(posixpath.join(job.workdir, job.output_dir, "metrics.jsonl"), "output_dir"),
+        "points": len(job.points),
+        "metrics": _metrics(job),
         "image_uri": _word(image.uri, "image") if image and image.uri else "",
         "image_path": _image_path(job, image, image_dir) if image else "",
         "services": [_service(job, n) for n in range(len(job.services))],
@@ -112,9 +113,25 @@ def _values(job: Job, image: images.Image | None) -> dict[str, Any]:
             "node",
             (*_step_options(job, 0, job.nodes), *_container_options(job, ""), *_srun_args(job)),
             _launcher(job, ""),
-            _words(job.command, "command"),
+            _command(job),
         ),
     }
+
+
+def _metrics(job: Job) -> str:
+    """The file that grows with every step, as a word of the script."""
+    if job.points:
+        return '"$output_dir"/metrics.jsonl'
+    return _word(posixpath.join(job.workdir, job.output_dir, "metrics.jsonl"), "output_dir")
+
+
+def _command(job: Job) -> str:
+    """The trainer's command. In that of an array, the first point's config and output folder become each point's."""
+    own = {}
+    if job.points:
+        own = {posixpath.join(job.run_dir, "point-0", "config.yaml"): '"$state_dir"/config.yaml'}
+        own[job.output_dir] = '"$output_dir"'
+    return _words(job.command, "command", own)
 
 
 def _about(job: Job) -> str:
@@ -134,6 +151,8 @@ def _directives(job: Job) -> tuple[str, ...]:
             found.append(f"--{option}={sbatch(text, key or option.replace('-', '_'))}")
 
     give("job-name", job.run_id)
+    if job.points:
+        found.append(f"--array=0-{len(job.points) - 1}" + (f"%{job.max_parallel}" if job.max_parallel else ""))
     for option in ("account", "partition", "qos", "reservation", "constraint", "nodelist", "exclude"):
         give(option, options.get(option))
     give("nodes", job.nodes + sum(service.nodes for service in job.services))
@@ -157,7 +176,9 @@ def _directives(job: Job) -> tuple[str, ...]:
     give("comment", " ".join(filter(None, [str(options.get("comment") or ""), f"nemotron:{job.run_id}"])))
     give("chdir", job.workdir, "remote_job_dir")
     give("open-mode", "append")
-    give("output", posixpath.join(job.run_dir, "slurm-%j.out"), "remote_job_dir")
+    # %A_%a: of an array, its number and the point's.
+    own = "slurm-%A_%a.out" if job.points else "slurm-%j.out"
+    give("output", posixpath.join(job.run_dir, own), "remote_job_dir")
     return (*found, *_more("sbatch_args", options.get("sbatch_args") or (), sbatch))
 
 
@@ -363,9 +384,9 @@ def _word(value: object, key: str = "") -> str:
     return _check_line_ends(sh(value, key), key)
 
 
-def _words(values: Iterable[object], key: str) -> str:
-    """A command, with a new line of the script before each of its options."""
-    words = [_word(value, f"{key}[{n}]") for n, value in enumerate(values)]
+def _words(values: Iterable[object], key: str, own: Mapping[str, str] | None = None) -> str:
+    """A command, with a new line of the script before each of its options. own: words that are quoted already."""
+    words = [(own or {}).get(str(value)) or _word(value, f"{key}[{n}]") for n, value in enumerate(values)]
     return " ".join(f"\\\n    {word}" if n and word.startswith("--") else word for n, word in enumerate(words))
 
 

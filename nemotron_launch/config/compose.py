@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from nemotron_launch.config import tree
 from nemotron_launch.config.interpolation import resolve, resolve_at
@@ -78,18 +78,23 @@ def compose(
     layers: trees between config and command line (a profile's share). Every problem is a UserError with file and line;
     those of the values come all together.
     """
-    return next(compose_many(config, [overrides], schema=schema, step_dir=step_dir, layers=layers, env=env))
+    return composer(config, schema=schema, step_dir=step_dir, layers=layers, env=env)(overrides)
 
 
-def compose_many(
+class Composer(Protocol):
+    """Composes lists of overrides over what lies below them. adjust: changes the tree before it is resolved."""
+
+    def __call__(self, overrides: Sequence[str], adjust: Callable[[Node], Node] | None = None, /) -> Composed: ...
+
+
+def composer(
     config: Path,
-    points: Iterable[Sequence[str]],
     *,
     schema: Path | None = None,
     step_dir: Path | None = None,
     layers: Sequence[Node] = (),
     env: Mapping[str, str] | None = None,
-) -> Iterator[Composed]:
+) -> Composer:
     """As compose, for many lists of overrides; what lies below them is read and merged once."""
     env = env if env is not None else os.environ
     files: list[Path] = []
@@ -99,16 +104,21 @@ def compose_many(
         base = tree.merge(base, layer)
     described = load_schema(schema) if schema else None
     order = {origin: rank for rank, origin in enumerate(_origins(stack))}
-    for overrides in points:
+
+    def composed(overrides: Sequence[str], adjust: Callable[[Node], Node] | None = None, /) -> Composed:
         root = _apply_overrides(base, [parse_override(text) for text in overrides], described)
         if described:
             root = _apply_aliases(fill(described, root), described, order, env)
+        if adjust:
+            root = adjust(root)
         data, problems = resolve(root, env)
         if described and not problems:
             problems = check(described, data)
         if problems:
             raise report(problems, root, config)
-        yield Composed(config.stem, data, Provenance(root), tuple(files), tuple(overrides))
+        return Composed(config.stem, data, Provenance(root), tuple(files), tuple(overrides))
+
+    return composed
 
 
 # Files -------------------------------------------------------------------------------------------------------------

@@ -50,12 +50,12 @@ def parse_override(text: str) -> Override:
             break
     at = len(text) - len(rest)
     key, equals, raw = rest.partition("=")
-    path = _parse_key(text, key, at)
+    path = parse_key(text, key, at)
     if not equals:
         if operation != "delete":
-            _fail(text, at + len(key), "'=' and a value")
+            fail(text, at + len(key), "'=' and a value")
         return Override(operation, path, None, False, text)
-    return Override(operation, path, _Reader(text, at + len(key) + 1).whole(), True, text)
+    return Override(operation, path, Reader(text, at + len(key) + 1).whole(), True, text)
 
 
 def parse_value(text: str) -> Any:
@@ -63,12 +63,12 @@ def parse_value(text: str) -> Any:
 
     `${…}` stays in the text, to be resolved in its place.
     """
-    return _Reader(text, 0).whole()
+    return Reader(text, 0).whole()
 
 
 def parse_arguments(text: str) -> list[Any]:
     """Read comma-separated values, as between the `:` and the `}` of `${name:…}`. No text: no arguments."""
-    return _Reader(text, 0).arguments() if text.strip() else []
+    return Reader(text, 0).arguments() if text.strip() else []
 
 
 def dump_value(value: Any) -> str:
@@ -96,29 +96,30 @@ def _quote(text: str) -> str:
     return "'" + re.sub(r"(\\*)('|\Z)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), text) + "'"
 
 
-def _parse_key(text: str, key: str, at: int) -> tuple[str, ...]:
+def parse_key(text: str, key: str, at: int) -> tuple[str, ...]:
+    """The path of a dotted key, which begins at position `at` of the whole text."""
     path: list[str] = []
     i = 0
     while True:
         match = _SEGMENT.match(key, i)
         if not match:
             if key[i : i + 1] in ("/", "@"):
-                _fail(text, at + i, "a key with dots: a.b=1 (Hydra's config groups do not exist here)")
-            _fail(text, at + i, "a key: letters, digits, '_' or '-', joined by dots")
+                fail(text, at + i, "a key with dots: a.b=1 (Hydra's config groups do not exist here)")
+            fail(text, at + i, "a key: letters, digits, '_' or '-', joined by dots")
         path.append(match[0])
         i = match.end()
         while key[i : i + 1] == "[":
             close = key.find("]", i)
             if close < 0 or not key[i + 1 : close].isdigit():
-                _fail(text, at + i + 1, "a list index and ']'")
+                fail(text, at + i + 1, "a list index and ']'")
             path.append(key[i + 1 : close])
             i = close + 1
         if i == len(key):
             return tuple(path)
         if key[i] in "/@":
-            _fail(text, at + i, "a key with dots: a.b=1 (Hydra's config groups do not exist here)")
+            fail(text, at + i, "a key with dots: a.b=1 (Hydra's config groups do not exist here)")
         if key[i] != ".":
-            _fail(text, at + i, "'.' or '='")
+            fail(text, at + i, "'.' or '='")
         i += 1
 
 
@@ -134,7 +135,8 @@ def _scalar(text: str) -> Any:
     return text
 
 
-def _fail(text: str, at: int, expected: str) -> NoReturn:
+def fail(text: str, at: int, expected: str) -> NoReturn:
+    """Raise the UserError that shows a position of the text, and what was expected there."""
     shown = text.replace("\n", " ").replace("\t", " ")
     start = max(0, at - 60)
     end = "" if len(shown) <= at + 20 else "…"
@@ -147,7 +149,7 @@ def _fail(text: str, at: int, expected: str) -> NoReturn:
     )
 
 
-class _Reader:
+class Reader:
     """A cursor over one override's text."""
 
     def __init__(self, text: str, at: int) -> None:
@@ -158,24 +160,24 @@ class _Reader:
         try:
             value = self._value("")
         except RecursionError:
-            _fail(self.text, self.at, "less nesting")
+            fail(self.text, self.at, "less nesting")
         if self.at < len(self.text):
             found = self.text[self.at]
             if found == ",":
-                _fail(self.text, self.at, "one value (a list is [1,2]; text with a comma needs quotes: 'a,b')")
-            _fail(self.text, self.at, f"the end, found {found!r} (text with {found} in it needs quotes)")
+                fail(self.text, self.at, "one value (a list is [1,2]; text with a comma needs quotes: 'a,b')")
+            fail(self.text, self.at, f"the end, found {found!r} (text with {found} in it needs quotes)")
         return value
 
     def arguments(self) -> list[Any]:
         values = [self._value(",")]
         while self.at < len(self.text):
-            self._expect(",")
+            self.expect(",")
             values.append(self._value(","))
         return values
 
     def _value(self, stop: str) -> Any:
         """Read one value up to the end or a character of `stop`, blanks around it dropped."""
-        self._blanks()
+        self.blanks()
         start = self.text[self.at : self.at + 1]
         if start and start in "'\"":
             value: Any = self._quoted(start)
@@ -185,59 +187,60 @@ class _Reader:
             value = self._mapping()
         else:
             return self._bare(stop)
-        self._blanks()
+        self.blanks()
         return value
 
-    def _blanks(self) -> None:
+    def blanks(self) -> None:
         while self.text[self.at : self.at + 1] in (" ", "\t", "\n"):
             self.at += 1
 
-    def _expect(self, char: str) -> None:
+    def expect(self, char: str) -> None:
         if self.text[self.at : self.at + 1] != char:
-            _fail(self.text, self.at, f"{char!r}")
+            fail(self.text, self.at, f"{char!r}")
         self.at += 1
 
     def _list(self) -> list[Any]:
-        self._expect("[")
+        self.expect("[")
         items: list[Any] = []
-        self._blanks()
+        self.blanks()
         while self.text[self.at : self.at + 1] != "]":
             if items:
                 if self.text[self.at : self.at + 1] != ",":
-                    _fail(self.text, self.at, "',' or ']'")
+                    fail(self.text, self.at, "',' or ']'")
                 self.at += 1
-            items.append(self._item(",]"))
+            items.append(self.item(",]"))
         self.at += 1
         return items
 
-    def _item(self, stop: str) -> Any:
-        self._blanks()
+    def item(self, stop: str) -> Any:
+        """Read one value up to the end or a character of `stop`; an empty one is refused."""
+        self.blanks()
         if self.text[self.at : self.at + 1] in stop:
-            _fail(self.text, self.at, "a value ('' for empty text)")
+            fail(self.text, self.at, "a value ('' for empty text)")
         return self._value(stop)
 
     def _mapping(self) -> dict[str, Any]:
-        self._expect("{")
+        self.expect("{")
         items: dict[str, Any] = {}
-        self._blanks()
+        self.blanks()
         while self.text[self.at : self.at + 1] != "}":
             if items:
                 if self.text[self.at : self.at + 1] != ",":
-                    _fail(self.text, self.at, "',' or '}'")
+                    fail(self.text, self.at, "',' or '}'")
                 self.at += 1
-            self._blanks()
+            self.blanks()
             start = self.at
             key = self._value(":,}")
             if key is None or isinstance(key, bool):
                 key = self.text[start : self.at].strip()  # `on: …` style keys stay text
             if not isinstance(key, str | int | float) or key == "":
-                _fail(self.text, start, "a key")
+                fail(self.text, start, "a key")
             if str(key) in items:
-                _fail(self.text, start, f"a key that is not there yet, found {key} again")
+                fail(self.text, start, f"a key that is not there yet, found {key} again")
             if self.text[self.at : self.at + 1] != ":":
-                _fail(self.text, self.at, "':' and a value")
+                fail(self.text, self.at, "':' and a value")
             self.at += 1
-            items[str(key)] = self._item(",}")
+            items[str(key)] = self.item(",}")
         self.at += 1
         return items
 
@@ -247,7 +250,7 @@ class _Reader:
         parts: list[str] = []
         while True:
             if self.at >= len(self.text):
-                _fail(self.text, opened, f"a closing {quote} for this one")
+                fail(self.text, opened, f"a closing {quote} for this one")
             char = self.text[self.at]
             if char == quote:
                 self.at += 1
@@ -294,8 +297,8 @@ class _Reader:
         if self.at < len(self.text) and self.text[self.at] not in stop and self.text[self.at] != ",":
             found = self.text[self.at]
             if found == "(":
-                _fail(self.text, self.at, "no '(' (Hydra's functions do not exist here; text with ( needs quotes)")
-            _fail(self.text, self.at, f"the end of the value, found {found!r} (text with {found} in it needs quotes)")
+                fail(self.text, self.at, "no '(' (Hydra's functions do not exist here; text with ( needs quotes)")
+            fail(self.text, self.at, f"the end of the value, found {found!r} (text with {found} in it needs quotes)")
         while len(parts) > solid and parts[-1] in " \t\n":
             parts.pop()
         text = "".join(parts)
@@ -304,7 +307,7 @@ class _Reader:
     def _interpolation(self) -> str:
         end = interpolation_end(self.text, self.at)
         if end < 0:
-            _fail(self.text, self.at, "a '}' that closes this ${")
+            fail(self.text, self.at, "a '}' that closes this ${")
         found = self.text[self.at : end]
         self.at = end
         return found
