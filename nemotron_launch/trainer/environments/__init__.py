@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from nemotron_launch.trainer.environments.router import Environments
 
 
 @dataclass(frozen=True)
@@ -51,3 +55,13 @@ class Environment(Protocol):
 
     def close(self) -> None:
         """End workers and servers that were started."""
+
+
+def open_environments(config: Mapping[str, Any], *, step_dir: Path | None = None) -> Environments:
+    """All environments that a composed config's rows may choose; each starts when its first row comes.
+
+    step_dir: what `step://` stands for. A context manager: workers and servers end with it.
+    """
+    from nemotron_launch.trainer.environments.router import Environments
+
+    return Environments(config, step_dir=step_dir)

@@ -38,7 +38,7 @@ finish() {
     mv "$NEMOTRON_LOG_DIR/exit_code.node-$node.tmp" "$NEMOTRON_LOG_DIR/exit_code.node-$node"
     exec >&3
     for _ in {1..50}; do kill -0 "$copy" || break; sleep 0.1; done
-    echo "nemotron-exit d1cb25c238e1f29d attempt=$attempt node=$node code=$code"
+    echo "nemotron-exit ef85212818ecb91d attempt=$attempt node=$node code=$code"
     exit "$code"
 }
 trap finish EXIT
@@ -72,7 +72,7 @@ place() { # file mode sha256 variable parts
     chmod "$2" "$part"
     mv "$part" "$run_dir/$1"
 }
-place config.yaml 600 3c232ea37a4596d0bdb20f49ce54a8d961f849c1e7fbbb4a745c81ce90419c7a NEMOTRON_FILE_0 1
+place config.yaml 600 f2d8e7a2d3e6f4f7979bad8338cd9ec57baabc07ecd0526ecf4bbd71ec284258 NEMOTRON_FILE_0 1
 if [[ ! -e $run_dir/code ]]; then
     place code.tar.gz 600 0000000000000000000000000000000000000000000000000000000000000000 NEMOTRON_BUNDLE 1
     fresh=$run_dir/.code.node-$node

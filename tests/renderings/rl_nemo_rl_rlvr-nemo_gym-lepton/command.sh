@@ -38,7 +38,7 @@ finish() {
     mv "$NEMOTRON_LOG_DIR/exit_code.node-$node.tmp" "$NEMOTRON_LOG_DIR/exit_code.node-$node"
     exec >&3
     for _ in {1..50}; do kill -0 "$copy" || break; sleep 0.1; done
-    echo "nemotron-exit c1c183d0e36c1bc7 attempt=$attempt node=$node code=$code"
+    echo "nemotron-exit e8bb692006794b2d attempt=$attempt node=$node code=$code"
     exit "$code"
 }
 trap finish EXIT
@@ -69,7 +69,7 @@ place() { # file mode sha256 variable parts
     chmod "$2" "$part"
     mv "$part" "$run_dir/$1"
 }
-place config.yaml 600 eddd7282a9013e7b66953a54eb6fc3f13a01d4c958576141c2e8b164d2dad30b NEMOTRON_FILE_0 1
+place config.yaml 600 5c0f49f50d4894448d9a1ff73f111f47141acfeb5325c0b1a10f83a2eaffe57d NEMOTRON_FILE_0 1
 if [[ ! -e $run_dir/code ]]; then
     place code.tar.gz 600 0000000000000000000000000000000000000000000000000000000000000000 NEMOTRON_BUNDLE 1
     fresh=$run_dir/.code.node-$node

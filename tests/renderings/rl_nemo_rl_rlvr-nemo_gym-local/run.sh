@@ -171,6 +171,9 @@ env:
     max_processes: 16
     max_output_kib: 1024
     allow_unisolated: false
+  verifiers:
+    num_workers: 8
+    timeout: 10
   reward_model:
     model_name: Skywork/Skywork-Reward-V2-Qwen3-0.6B
     tokenizer:
