@@ -61,7 +61,11 @@ class Backend(Protocol):
     host: Host | None  # where the run's folder can be read; None where it cannot
 
     def submit(self, run: Run, files: Sequence[Upload], *, after: Sequence[Run] = ()) -> Submission:
-        """Place the files in run.run_dir and submit the run, once: a lost answer is looked up before a second try."""
+        """Place the files in run.run_dir and submit the run, once: a lost answer is looked up before a second try.
+
+        A run without a point submits its whole script, all points of a sweep; a point submits itself alone. Unreachable
+        means that the answer is not known: `find` will know it. Refused: nothing but the folder is left.
+        """
 
     def find(self, run: Run) -> Submission | None:
         """The job that carries this run's id, if the executor or the run's folder knows one."""
@@ -72,7 +76,7 @@ class Backend(Protocol):
     def submit_successor(self, run: Run) -> Submission:
         """Another job for a run that was `seen.wants_successor`; safe when several do it at once: one of them trains.
 
-        Called by whoever polls: the attached client and every `jobs` command. The restart is counted, max_restarts kept.
+        Called by whoever polls: the attached client and every `jobs` command. It counts as a restart.
         """
 
     def cancel(self, runs: Sequence[Run]) -> None:

@@ -13,7 +13,6 @@ from nemotron_launch.backends.live import Seen
 from nemotron_launch.frozen import field, frozen
 from nemotron_launch.jobs.run import State
 
-CLAIMED = 86  # exit code of a job that finds its run claimed by another one
 RESUME_ME = 85  # of an attempt that saved and wants to go on
 SILENT = 900.0  # seconds without a word in its folder after which a run that Slurm has forgotten counts as lost
 
@@ -23,8 +22,7 @@ SQUEUE = (
     ("SubmitTime", 24), ("Name", 160), ("Reason", 64), ("NodeList", 400), ("Comment", 1000),
 )  # fmt: skip
 SQUEUE_FORMAT = ",".join(f"{name}:{width}" for name, width in SQUEUE)
-SACCT_FORMAT = "JobID,State,ExitCode,Start,End,Submit,NodeList,Reason,Restarts,JobName,Comment"
-SACCT_FORMAT_OLD = SACCT_FORMAT.replace("Restarts,", "")  # before 23.11
+SACCT_FORMAT = "JobID,State,ExitCode,Start,End,Submit,NodeList,Reason,JobName,Comment"  # Restarts came with 23.11
 
 _WAITS = {
     "PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD",
@@ -76,12 +74,13 @@ class Record:
     """A job as Slurm tells it. job_id: "123" or "123_4". state: in full, without additions; by: who cancelled it.
 
     Times: seconds since 1970. code, signal: of a job that ended. started of a job that waits: when Slurm expects it to.
+    restarts: None where the command does not tell.
     """
 
     job_id: str
     state: str
     by: str = ""
-    restarts: int = 0
+    restarts: int | None = None
     code: int = 0
     signal: int = 0
     started: float | None = None
@@ -112,6 +111,7 @@ class Folder:
 
     successor: (job that wants one, its successor's id or empty, restarts, why). past: jobs of earlier submissions.
     cancelled: whether a client cancelled the run. reason: why the script ended it. quiet: seconds since its last word.
+    submitted: sbatch's answer, "123" or "123;cluster". busy: whether an sbatch for it is still under way.
     """
 
     exists: bool = False
@@ -123,6 +123,8 @@ class Folder:
     past: tuple[str, ...] = ()
     attempts: int = 0
     quiet: float | None = None
+    submitted: str = ""
+    busy: bool = False
 
     @property
     def holder(self) -> str:
@@ -160,7 +162,7 @@ def squeue(text: str) -> list[Record]:
                 job_id,
                 state,
                 by,
-                int(values["RestartCnt"] or 0) if values["RestartCnt"].isdigit() else 0,
+                _count(values["RestartCnt"]),
                 code,
                 signal,
                 _time(values["StartTime"]),
@@ -194,7 +196,7 @@ def scontrol(text: str) -> list[Record]:
                 each,
                 state,
                 by,
-                int(values.get("Restarts") or 0),
+                _count(values.get("Restarts", "")),
                 code,
                 signal,
                 _time(values.get("StartTime", "")),
@@ -224,13 +226,12 @@ def sacct(text: str) -> list[Record]:
             continue
         code, signal = _exit_code(values.get("ExitCode", ""))
         state, by = _state(values["State"])
-        restarts = values.get("Restarts", "")
         records += [
             Record(
                 job_id,
                 state,
                 by,
-                int(restarts) if restarts.isdigit() else 0,
+                _count(values.get("Restarts", "")),
                 code,
                 signal,
                 _time(values.get("Start", "")),
@@ -275,6 +276,8 @@ def folders(text: str) -> dict[str, Folder]:
             tuple(past),
             int(values.get("attempts") or 0),
             float(quiet) if re.fullmatch(r"-?\d+", quiet) else None,
+            values.get("submitted", "").strip(),
+            "busy" in values,
         )
     return found
 
@@ -298,28 +301,27 @@ def judge(record: Record | None, folder: Folder, *, restarts_left: bool = False)
     A job that has ended but not for good (preempted, its node gone) leaves its run waiting for a successor.
     """
     if record and record.waits:
-        return _seen("pending", record, waiting_reason(record.reason), expected_start=record.started)
+        return _seen("pending", record, folder, waiting_reason(record.reason), expected_start=record.started)
     if record and not record.over:
         reason = "" if record.state == "RUNNING" else f"Slurm says {record.state}"
-        return _seen("running", record, reason)
+        return _seen("running", record, folder, reason)
     if record and record.state == "REVOKED" and folder.exit_code is None:
-        return _seen("running", record, "runs on another cluster of the federation")
+        return _seen("running", record, folder, "runs on another cluster of the federation")
     if folder.cancelled or (record and record.state == "CANCELLED"):
-        return _seen("cancelled", record, _cancelled(record), exit_code=folder.exit_code)
+        return _seen("cancelled", record, folder, _cancelled(record), exit_code=folder.exit_code)
     if (folder.wants_heir or (record and record.state in _FATE and folder.exit_code is None)) and restarts_left:
         why = folder.successor[3] if folder.wants_heir and folder.successor else ""
         why = why or _FATE.get(record.state if record else "", "")
-        seen = _seen("pending", record, f"{why}; to be submitted again", wants_successor=True)
-        return seen
+        return _seen("pending", record, folder, f"{why}; to be submitted again", wants_successor=True)
     if record and record.over:
         return _ended(record, folder)
     if folder.exit_code is not None:
-        return Seen(*_verdict(folder.exit_code, folder.reason), folder.exit_code, max(0, folder.attempts - 1))
+        state, reason = _verdict(folder.exit_code, folder.reason)
+        return _seen(state, None, folder, reason, exit_code=folder.exit_code)
+    if folder.holder and folder.quiet is not None and folder.quiet < SILENT:
+        return _seen("running", None, folder, "Slurm has forgotten its job, its folder shows it at work")
     if folder.holder:
-        attempt = max(0, folder.attempts - 1)
-        if folder.quiet is not None and folder.quiet < SILENT:
-            return Seen("running", "Slurm has forgotten its job, its folder shows it at work", attempt=attempt)
-        return Seen("lost", "Slurm has forgotten its job, and its folder holds no end", attempt=attempt)
+        return _seen("lost", None, folder, "Slurm has forgotten its job, and its folder holds no end")
     return None
 
 
@@ -345,7 +347,7 @@ def _ended(record: Record, folder: Folder) -> Seen:
         state, reason = "failed", folder.reason or words.get(record.state, f"Slurm says {said}")
         if record.reason and record.state not in words:
             reason += f" ({record.reason})"
-    return _seen(state, record, reason, exit_code=code)
+    return _seen(state, record, folder, reason, exit_code=code)
 
 
 def _verdict(code: int, reason: str) -> tuple[State, str]:
@@ -365,20 +367,22 @@ def _cancelled(record: Record | None) -> str:
 def _seen(
     state: State,
     record: Record | None,
+    folder: Folder,
     reason: str,
     *,
     exit_code: int | None = None,
     expected_start: float | None = None,
     wants_successor: bool = False,
 ) -> Seen:
+    tried = max(0, folder.attempts - 1)
     if record is None:
-        return Seen(state, reason, exit_code, wants_successor=wants_successor)
+        return Seen(state, reason, exit_code, tried, wants_successor=wants_successor)
     waits = state == "pending"
     return Seen(
         state,
         reason,
         exit_code,
-        restarts_before(record.comment) + record.restarts,
+        restarts_before(record.comment) + record.restarts if record.restarts is not None else tried,
         () if waits else record.nodes,
         None if waits else record.started,
         record.ended if record.over and not waits else None,
@@ -448,6 +452,10 @@ def _exit_code(text: str) -> tuple[int, int]:
         return int(found.group(1)), int(found.group(2))
     status = int(found.group(1))
     return (status >> 8) & 255, status & 127
+
+
+def _count(text: str) -> int | None:
+    return int(text) if text.isdigit() else None
 
 
 def _time(text: str) -> float | None:

@@ -1,0 +1,420 @@
+"""Slurm, reached from its login node or over SSH: submit once, follow, cancel, go on. See live.Backend."""
+
+from __future__ import annotations
+
+import posixpath
+import re
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from nemotron_launch.backends import slurm_scripts as scripts
+from nemotron_launch.backends.live import LogSource, Refused, Seen, Submission
+from nemotron_launch.backends.slurm import MAIN, SECRETS
+from nemotron_launch.backends.slurm_states import (
+    Folder,
+    Record,
+    folders,
+    judge,
+    newest,
+    restarts_before,
+    sacct,
+    scontrol,
+    squeue,
+)
+from nemotron_launch.errors import UserError
+from nemotron_launch.frozen import replace
+from nemotron_launch.hosts import Host, Result, Unreachable, Upload, open_host
+from nemotron_launch.jobs.run import Run
+
+# What sbatch, squeue and scancel say when the controller did not answer: the request may have been taken or not.
+_LOST = re.compile(
+    r"Socket timed out|Unable to contact|Zero Bytes were transmitted|[Cc]onnection (refused|failure|reset)"
+    r"|Communication connection|Transport endpoint|standby mode|Slurmctld.*not responding|Unexpected message received"
+    r"|Insane message length|Header lengths are longer|Connection timed out|Protocol authentication error"
+    r"|Invalid authentication credential|Unspecified error|Resource temporarily unavailable|Broken pipe"
+)
+# Slurm's reason to refuse → what to change.
+_KEYS = {
+    r"[Ii]nvalid partition|partition not available|not permitted to use this partition": "partition",
+    r"Invalid account": "account, or the account's rights on the partition",
+    r"Invalid qos": "qos",
+    r"node configuration is not available|More processors|[Nn]ode count specification": (
+        "nodes, gpus_per_node, cpus_per_task, mem or constraint"
+    ),
+    r"[Tt]ime limit|[Dd]eadline": "time",
+    r"accounting/QOS policy|QOS.*[Ll]imit|AssocMax|AssocGrp": "qos, time, nodes, or how many runs wait already",
+    r"reservation": "reservation",
+    r"[Ff]eature": "constraint",
+    r"[Ii]nvalid node name": "nodelist or exclude",
+    r"generic resource|gres|GRES|gpu": "gpus_per_node or gpu_directive",
+    r"[Mm]emory": "mem",
+    r"[Dd]ependency": "--after",
+    r"licenses?": "sbatch_args",
+    r"[Uu]nrecognized option|[Ii]nvalid option|[Ii]nvalid.*specification": "sbatch_args",
+}
+_ANSWER = re.compile(r"^\s*(\d+)(?:;(\S+))?\s*$", re.MULTILINE)
+
+
+class SlurmClient:
+    """One Slurm, by the host on which its commands are. It keeps nothing but the connection.
+
+    patience: seconds for which a controller that does not answer is asked again. settle: seconds for which a
+    submission without an answer may still appear before another one is made.
+    """
+
+    def __init__(self, host: Host, *, patience: float = 90.0, settle: float = 12.0) -> None:
+        self.host = host
+        self._patience = patience
+        self._settle = settle
+        self._accounting = True  # until sacct says otherwise
+        self._formats = True  # whether squeue knows our fields
+
+    # Submission.
+
+    def submit(self, run: Run, files: Sequence[Upload], *, after: Sequence[Run] = ()) -> Submission:
+        """See Backend."""
+        options = self._after(run, after)
+        if run.point is not None:
+            options.append(f"--array={run.point}")
+        self.host.put(run.run_dir, files)
+        return self._submit(run, options, {})
+
+    def submit_successor(self, run: Run) -> Submission:
+        """See Backend."""
+        folder = self._folders([run]).get(run.state_dir, Folder())
+        before = folder.holder or run.job_id
+        if folder.heir:
+            return Submission(folder.heir, run.cluster)
+        restarts = folder.successor[2] if folder.wants_heir and folder.successor else run.attempt + 1
+        if folder.cancelled or restarts > run.max_restarts:
+            why = "was cancelled" if folder.cancelled else f"has had its {run.max_restarts} restarts"
+            raise Refused(f"{run.run_id} {why}", exit_code=1)
+        mark = f"restart:{restarts} nemotron:{_name(run)}"
+        options = [f"--comment={' '.join(filter(None, [str(run.options.get('comment') or ''), mark]))}"]
+        if run.point is not None:
+            options.append(f"--array={run.point}")
+        env = {"NEMOTRON_SUCCEEDS": before, "NEMOTRON_RESTARTS": str(restarts)}
+        return self._submit(run, options, env, mark=mark)
+
+    def _after(self, run: Run, after: Sequence[Run]) -> list[str]:
+        """The options with which a job waits for others. Slurm takes one that it has forgotten for ended well."""
+        waits_for = [one for one in after if one.state != "finished"]
+        seen = self.poll([one for one in waits_for if one.job_id])
+        ids = []
+        for one in waits_for:
+            now = seen.get(one.run_id)
+            state = now.state if now else one.state
+            if state == "finished":
+                continue
+            if state not in ("pending", "running"):
+                raise Refused(f"{run.run_id} cannot come after {one.run_id}, which is {state}", where="--after")
+            ids.append((now.job_id if now else "") or one.job_id)
+        return [f"--dependency=afterok:{':'.join(ids)}", "--kill-on-invalid-dep=yes"] if ids else []
+
+    def _submit(self, run: Run, options: Sequence[str], env: Mapping[str, str], mark: str = "") -> Submission:
+        """sbatch, until its answer is known. mark: what its comment ends in, where the name says too little."""
+        folder = run.state_dir
+        script = posixpath.join(run.run_dir, MAIN)
+        command = scripts.submit(folder, script, options, env)
+        end = time.monotonic() + self._patience
+        while True:
+            lost: Unreachable
+            try:
+                done = self.host.run(command, timeout=max(30.0, self._patience))
+            except Unreachable as error:
+                lost = error
+            else:
+                if done.code == 0 and (answer := _ANSWER.findall(done.stdout)):
+                    return self._submitted(run, *answer[-1])
+                if done.code == scripts.NO_SLURM:
+                    raise self._no_slurm("sbatch")
+                if done.code and done.code != scripts.BUSY and not _is_lost(done):
+                    self.host.run(f"rm -f {scripts.sh(posixpath.join(run.run_dir, SECRETS))}")
+                    raise _refused(run, done)
+                lost = _no_answer("sbatch", done)
+            found = self._await(run, mark, end, lost)
+            if found:
+                return found
+
+    def _submitted(self, run: Run, job_id: str, cluster: str) -> Submission:
+        return Submission(job_id if run.point is None else f"{job_id}_{run.point}", cluster)
+
+    def _await(self, run: Run, mark: str, end: float, lost: Unreachable) -> Submission | None:
+        """Look for a submission whose answer was lost, which may appear a moment later; None when it is not there."""
+        patient_until = time.monotonic() + self._settle
+        pause = 0.1
+        while True:
+            try:
+                found, busy = self._look(run, mark)
+            except Unreachable as error:
+                # As long as nobody can say, nothing is submitted again.
+                patient_until = time.monotonic() + self._settle
+                if time.monotonic() > end:
+                    raise error from lost
+            else:
+                if found:
+                    return found
+                if time.monotonic() > end:
+                    raise lost
+                if not busy and time.monotonic() > patient_until:
+                    return None
+            time.sleep(pause)
+            pause = min(2 * pause, 5.0)
+
+    def find(self, run: Run) -> Submission | None:
+        """See Backend."""
+        end = time.monotonic() + self._settle
+        while True:
+            found, busy = self._look(run, "")
+            if found or not busy:
+                return found
+            if time.monotonic() > end:
+                raise Unreachable(f"the submission of {run.run_id} is still under way", exit_code=1)
+            time.sleep(0.5)
+
+    def _look(self, run: Run, mark: str) -> tuple[Submission | None, bool]:
+        """Who carries the run, by its folder, the queue and the accounting; and whether an sbatch is still at it."""
+        name, place = _name(run), list(dict.fromkeys([run.state_dir, run.run_dir]))
+        days = max(1, int((time.time() - run.created) // 86400) + 2)
+        text = scripts.look(place, name, days, accounting=self._accounting, clusters=_clusters(run))
+        done = self.host.run(text, timeout=max(30.0, self._patience))
+        parts = dict(re.findall(r"^==(\w+)\n(.*?)(?=^==|\Z)", done.stdout, re.MULTILINE | re.DOTALL))
+        seen = folders(parts.get("folders", ""))
+        own, whole = seen.get(run.state_dir, Folder()), seen.get(run.run_dir, Folder())
+        busy = own.busy or whole.busy
+
+        def ours(job_id: str) -> bool:
+            return bool(job_id) and job_id not in own.past and job_id.partition("_")[0] not in own.past
+
+        if not mark:  # a successor is another job than the one that holds the claim
+            for job_id in (own.heir, own.holder):
+                if ours(job_id):
+                    return Submission(job_id, run.cluster), busy
+        elif own.heir:
+            return Submission(own.heir, run.cluster), busy
+        for folder in () if mark else (own, whole):
+            job_id, _, cluster = folder.submitted.partition(";")
+            job_id = job_id if run.point is None else f"{job_id}_{run.point}"
+            if folder.submitted and ours(job_id):
+                return Submission(job_id, cluster), busy
+        records = [*squeue(parts.get("squeue", "")), *sacct(parts.get("sacct", ""))]
+        found = newest(
+            record
+            for record in records
+            if record.name == name
+            and (not record.comment or len(record.comment) > 900 or record.comment.endswith(mark or f"nemotron:{name}"))
+            and (not mark or record.comment)
+            and (run.point is None or record.job_id.endswith(f"_{run.point}"))
+            and ours(record.job_id)
+            and not record.turned_away
+        )
+        if found:
+            job_id = found.job_id if run.point is not None else found.job_id.partition("_")[0]
+            return Submission(job_id, run.cluster), busy
+        code = parts.get("code", "").strip()
+        if code == str(scripts.NO_SLURM):
+            raise self._no_slurm("squeue")
+        if code != "0" and "Invalid job id" not in done.stderr:
+            raise _no_answer("squeue", done)
+        return None, busy
+
+    # Following.
+
+    def poll(self, runs: Sequence[Run]) -> dict[str, Seen]:
+        """See Backend. One squeue for all; the folders, sacct and a second squeue only for those that ended."""
+        records = self._records({run.run_id: (run.job_id, run.cluster) for run in runs if run.job_id})
+        ended = [run for run in runs if not (record := records.get(run.run_id)) or record.over]
+        if not ended:
+            return {run.run_id: seen for run in runs if (seen := judge(records[run.run_id], Folder()))}
+        places = self._folders(ended)
+        # Where another job has taken over, that one counts.
+        moved = {}
+        for run in ended:
+            place = places.get(run.state_dir, Folder())
+            record = records.get(run.run_id)
+            now = place.heir or place.holder
+            if now and now not in place.past and now not in (run.job_id, record.job_id if record else ""):
+                moved[run.run_id] = (now, run.cluster)
+        for run_id, record in self._records(moved).items():
+            records[run_id] = record
+        unknown = {
+            run.run_id: moved.get(run.run_id, (run.job_id, run.cluster)) for run in ended if run.run_id not in records
+        }
+        records |= self._accounted({run_id: key for run_id, key in unknown.items() if key[0]})
+        found = {}
+        for run in runs:
+            record, place = records.get(run.run_id), places.get(run.state_dir, Folder())
+            if record and restarts_before(record.comment) and record.restarts is None:
+                record = replace(record, restarts=0)
+            used = restarts_before(record.comment) + (record.restarts or 0) if record else run.attempt
+            seen = judge(record, place, restarts_left=used < run.max_restarts)
+            if seen:
+                moved_to = moved.get(run.run_id, ("",))[0]
+                found[run.run_id] = replace(seen, job_id=moved_to) if moved_to else seen
+        return found
+
+    def _records(self, wanted: Mapping[str, tuple[str, str]]) -> dict[str, Record]:
+        """By key: what the controller knows of these (job id, cluster)."""
+        found: dict[str, Record] = {}
+        for cluster in {cluster for _, cluster in wanted.values()}:
+            keys = {key: job_id for key, (job_id, where) in wanted.items() if where == cluster}
+            bases = list(dict.fromkeys(job_id.partition("_")[0] for job_id in keys.values()))
+            by_id = {record.job_id: record for record in self._squeue(bases, cluster)}
+            for key, job_id in keys.items():
+                if record := by_id.get(job_id) or _whole(job_id, by_id):
+                    found[key] = record
+        return found
+
+    def _squeue(self, jobs: Sequence[str], cluster: str) -> list[Record]:
+        if self._formats:
+            done = self._ask("squeue", scripts.squeue(jobs, cluster))
+            if "Invalid job format" not in done.stderr:
+                return squeue(done.stdout)
+            self._formats = False
+        return scontrol(self._ask("scontrol", scripts.scontrol(jobs, cluster)).stdout)
+
+    def _accounted(self, wanted: Mapping[str, tuple[str, str]]) -> dict[str, Record]:
+        """By key: what the accounting knows of jobs that the controller has forgotten; nothing where there is none."""
+        found: dict[str, Record] = {}
+        for cluster in {cluster for _, cluster in wanted.values()}:
+            keys = {key: job_id for key, (job_id, where) in wanted.items() if where == cluster}
+            if not self._accounting:
+                continue
+            bases = list(dict.fromkeys(job_id.partition("_")[0] for job_id in keys.values()))
+            done = self.host.run(scripts.sacct(bases, cluster), timeout=self._patience)
+            if done.code:
+                # None here, or its database is away: the folders tell.
+                self._accounting = not (done.code == scripts.NO_SLURM or "disabled" in done.stderr)
+                continue
+            by_id = {record.job_id: record for record in sacct(done.stdout)}
+            found |= {key: record for key, job_id in keys.items() if (record := by_id.get(job_id))}
+        return found
+
+    def _folders(self, runs: Sequence[Run]) -> dict[str, Folder]:
+        paths = "".join(f"{run.state_dir}\n" for run in runs)
+        return folders(self.host.run(scripts.FOLDERS, stdin=paths.encode()).stdout) if paths else {}
+
+    def _ask(self, command: str, script: str) -> Result:
+        """A question to the controller. That it does not know a job is an answer."""
+        done = self.host.run(script, timeout=max(30.0, self._patience))
+        if done.code == scripts.NO_SLURM:
+            raise self._no_slurm(command)
+        if done.code and not re.search(r"Invalid job id|Invalid job format|already complet", done.stderr):
+            if _is_lost(done):
+                raise _no_answer(command, done)
+            raise UserError(f"{command}: {_said(done)}", where=self.host.name or None, exit_code=1)
+        return done
+
+    # Ending.
+
+    def cancel(self, runs: Sequence[Run]) -> None:
+        """See Backend. Also jobs of these runs that the ledger has not heard of: a successor, a lost submission."""
+        paths = "".join(f"{run.state_dir}\n" for run in runs)
+        self.host.run(scripts.CANCELLED, stdin=paths.encode())
+        jobs: dict[str, list[str]] = {}
+        names = {_name(run): run for run in runs}
+        for run in runs:
+            if run.job_id:
+                jobs.setdefault(run.cluster, []).append(run.job_id)
+        wanted = {(_name(run), run.point) for run in runs}
+        for record in squeue(self._ask("squeue", scripts.squeue_names(names)).stdout):
+            task = record.job_id.partition("_")[2]
+            asked = {(record.name, None), (record.name, int(task) if task else None)} & wanted
+            if asked and not record.over:
+                jobs.setdefault(names[record.name].cluster, []).append(record.job_id)
+        for cluster, ids in jobs.items():
+            self._ask("scancel", scripts.scancel(dict.fromkeys(ids), cluster))
+        secrets = [posixpath.join(run.run_dir, SECRETS) for run in runs if run.point is None]
+        if secrets:
+            self.host.run(f"rm -f {scripts.sh_words(secrets)}")
+
+    def clear(self, run: Run) -> None:
+        """See Backend."""
+        self.host.run(scripts.clear(run.state_dir, run.job_id))
+
+    def close(self) -> None:
+        self.host.close()
+
+    # Logs, and a shell.
+
+    def log_sources(self, run: Run) -> list[LogSource]:
+        """See Backend."""
+        done = self.host.run(scripts.logs(run.state_dir, run.run_dir, run.point))
+        found = []
+        for path in done.stdout.splitlines():
+            attempt = re.search(r"/logs/attempt-(\d+)/([^/]+)\.log$", path)
+            source = (int(attempt.group(1)), attempt.group(2)) if attempt else (0, "job")
+            found.append(LogSource(*source, path))
+        return sorted(found, key=lambda source: (source.attempt, source.name != "job", _natural(source.name)))
+
+    def read_logs(self, wanted: Mapping[LogSource, int]) -> dict[LogSource, bytes]:
+        """See Backend."""
+        read = self.host.read({source.key: offset for source, offset in wanted.items()})
+        return {source: data for source in wanted if (data := read.get(source.key))}
+
+    def shell(self, run: Run) -> int:
+        """See Backend."""
+        return self.host.interactive(f"exec sh {scripts.sh(posixpath.join(run.run_dir, 'shell.sh'))} {run.job_id}")
+
+    def _no_slurm(self, command: str) -> UserError:
+        at = self.host.name or "this machine"
+        hint = "use a login node: tunnel: {type: ssh, host: …}"
+        if self.host.name:
+            hint = "where it comes from modules, set tunnel.remote_shell: login"
+        return UserError(f"no {command} on {at}", where="tunnel", hint=hint, exit_code=1)
+
+
+def open_client(contact: Mapping[str, Any]) -> SlurmClient:
+    """The Slurm of a profile's `tunnel`."""
+    return SlurmClient(open_host(contact))
+
+
+def _name(run: Run) -> str:
+    """The job's name: the run's id, for a point that of its sweep."""
+    return run.sweep or run.run_id
+
+
+def _clusters(run: Run) -> str:
+    """The clusters that the profile names for sbatch, where a lost submission must be looked for."""
+    found = [re.fullmatch(r"(?:--clusters?=|-M\s*)(.+)", one) for one in run.options.get("sbatch_args") or ()]
+    return next((one.group(1) for one in found if one), run.cluster)
+
+
+def _whole(job_id: str, by_id: Mapping[str, Record]) -> Record | None:
+    """Of an array asked for as a whole: a point that is not over, else the last one."""
+    if "_" in job_id:
+        return None
+    return newest(record for each, record in by_id.items() if each.partition("_")[0] == job_id)
+
+
+def _is_lost(done: Result) -> bool:
+    return done.code > 128 or done.code == 124 or bool(_LOST.search(done.stderr))
+
+
+def _said(done: Result) -> str:
+    """What a command of Slurm complained of, without its own name."""
+    lines = [re.sub(r"^\w+: (error: |fatal: )?", "", line).strip() for line in done.stderr.splitlines()]
+    return next((line for line in reversed(lines) if line), f"exit code {done.code}")
+
+
+def _no_answer(command: str, done: Result) -> Unreachable:
+    said = _said(done) if done.stderr.strip() else f"{command} ended with {done.code}"
+    hint = "what was asked for may have happened; the next command finds out"
+    return Unreachable(f"Slurm's controller did not answer: {said}", hint=hint, exit_code=1)
+
+
+def _refused(run: Run, done: Result) -> Refused:
+    said = re.sub(r"^Batch job submission failed: ", "", _said(done))
+    lines = dict.fromkeys(re.sub(r"^sbatch: (error: )?", "", line).strip() for line in done.stderr.splitlines())
+    more = [line for line in lines if line and said not in line]
+    text = "\n".join([*more, said])
+    key = next((key for pattern, key in _KEYS.items() if re.search(pattern, said)), "")
+    key = key or next((key for pattern, key in _KEYS.items() if re.search(pattern, text)), "")
+    hint = [*more, f"the profile's {key}" if key and not key.startswith("--") else ""]
+    hint.append(f"nothing was submitted; the files are in {run.run_dir}")
+    return Refused(f"Slurm refuses the job: {said}", where=key or None, hint="\n".join(filter(None, hint)), exit_code=1)
+
+
+def _natural(name: str) -> list[Any]:
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
