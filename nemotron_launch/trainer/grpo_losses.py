@@ -39,7 +39,6 @@ METRICS = (
     "sampling_importance_ratio",
     "is_oob_ratio",
     "approx_entropy",
-    "filtered_tokens",
     "num_valid_samples",
 )
 
@@ -88,6 +87,7 @@ def grpo_loss(
     valid_sequences: Tensor,
     positive_B: Tensor | None = None,
     positive_tokens: Tensor | None = None,
+    whole_logps_BS: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Clipped policy-gradient loss with its KL penalty, of a micro-batch (NeMo-RL's ClippedPGLossFn, main branch).
 
@@ -96,7 +96,8 @@ def grpo_loss(
     reference's, None where it was not asked. advantages: [B] or [B, S]. mask_BS: 1 on sampled tokens; sample_mask_B: 0
     leaves a sequence out. valid_tokens and valid_sequences: sums of mask × sample mask, and of the sample mask, over
     the whole global batch. positive_B (1 where the reward is above 0) and positive_tokens (their tokens in the global
-    batch) are read with positive_example_nll_weight only.
+    batch) are read with positive_example_nll_weight only. whole_logps_BS: where top-p or top-k filter, the policy's
+    log-probabilities in the unfiltered distribution, as the reference's are: the KL is taken of these.
 
     Returns the loss, fp32, and METRICS, which add up over micro-batches and ranks, but for names in _min and _max.
 
@@ -109,28 +110,26 @@ def grpo_loss(
     use_on_policy_kl_approximation, has a gradient and comes before the output clamp, as in NeMo-RL's main branch.
 
     Where NeMo-RL averages the likelihood of right answers over each micro-batch's own tokens, it is averaged over the
-    global batch's here: otherwise it would depend on how the batch is cut. A token whose log-probability is -inf
-    (sampled, but outside of top-p or top-k as the policy has them now) is left out of the loss and counted.
+    global batch's here: otherwise it would depend on how the batch is cut.
     """
-    sample_B1 = sample_mask_B[:, None]
-    prev_logps_BS = logps_BS.detach() if config.force_on_policy_ratio else prev_logps_BS
-    filtered_BS = logps_BS.isneginf() | prev_logps_BS.isneginf()
-    kept_BS = (mask_BS > 0) & ~filtered_BS
-    tokens_BS = mask_BS * kept_BS
+    counted_BS = mask_BS > 0
     # 0 where nothing counts: what stands there may be infinite, and infinity times 0 is no number.
-    logps_BS, prev_BS, gen_BS = (x.masked_fill(~kept_BS, 0.0) for x in (logps_BS, prev_logps_BS, gen_logps_BS))
-    means = Means(tokens_BS, sample_mask_B, valid_tokens, valid_sequences)
+    logps_BS, gen_BS = logps_BS.masked_fill(~counted_BS, 0.0), gen_logps_BS.masked_fill(~counted_BS, 0.0)
+    prev_BS = logps_BS.detach() if config.force_on_policy_ratio else prev_logps_BS.masked_fill(~counted_BS, 0.0)
+    whole_BS = logps_BS if whole_logps_BS is None else whole_logps_BS.masked_fill(~counted_BS, 0.0)
+    ref_BS = None if ref_logps_BS is None else ref_logps_BS.masked_fill(~counted_BS, 0.0)
+    means = Means(mask_BS, sample_mask_B, valid_tokens, valid_sequences)
     mean = means.tokens if config.token_level_loss else means.sequences
     advantages_BS = (advantages if advantages.dim() == 2 else advantages[:, None]).expand_as(logps_BS)
 
-    ratios_BS, clipped_BS = _ratios(logps_BS, prev_BS, tokens_BS, config)
-    weights_BS, outside = generator_weights(prev_BS, gen_BS, tokens_BS, config)
+    ratios_BS, clipped_BS = _ratios(logps_BS, prev_BS, mask_BS, config)
+    weights_BS, outside = generator_weights(prev_BS, gen_BS, mask_BS, config)
     policy_BS = _policy_terms(logps_BS, ratios_BS, clipped_BS, advantages_BS, config)
     actor = mean(weights_BS * policy_BS if config.use_importance_sampling_correction else policy_BS)
-    kl, reference_kl = _kl(logps_BS, gen_BS, ref_logps_BS, kept_BS, mean, means, config)
+    kl, reference_kl = _kl(whole_BS, gen_BS, ref_BS, mean, means, config)
     nll = actor.new_zeros(())
     if config.positive_example_nll_weight and positive_B is not None and positive_tokens is not None:
-        right_BS = tokens_BS * sample_B1 * positive_B[:, None]
+        right_BS = mask_BS * (sample_mask_B * positive_B)[:, None]
         nll = -(logps_BS * right_BS).sum(dtype=torch.float64) / positive_tokens.clamp(min=1)
     penalty = 0.0 if config.use_kl_in_reward else config.reference_policy_kl_penalty
     loss = actor + config.positive_example_nll_weight * nll
@@ -153,13 +152,12 @@ def grpo_loss(
             "sampling_importance_ratio": means.each_sequence(weights_BS) if by_sequence else means.tokens(weights_BS),
             "is_oob_ratio": means.each_sequence(outside) if masks_sequences else means.tokens(outside),
             "approx_entropy": -means.tokens((logps_BS - gen_BS).exp() * logps_BS),
-            "filtered_tokens": (mask_BS * filtered_BS * sample_B1).sum(),
             "num_valid_samples": sample_mask_B.sum(),
         }
     return loss.float(), {name: value.detach().double() for name, value in metrics.items()}
 
 
-def _ratios(logps_BS: Tensor, prev_BS: Tensor, tokens_BS: Tensor, config: GRPOLossConfig) -> tuple[Tensor, Tensor]:
+def _ratios(logps_BS: Tensor, prev_BS: Tensor, mask_BS: Tensor, config: GRPOLossConfig) -> tuple[Tensor, Tensor]:
     """What the advantage is multiplied with, as it is and clipped."""
     if config.force_on_policy_ratio:
         ratios_BS = (logps_BS - logps_BS.detach()).exp()
@@ -167,7 +165,7 @@ def _ratios(logps_BS: Tensor, prev_BS: Tensor, tokens_BS: Tensor, config: GRPOLo
     if config.disable_ppo_ratio:
         return logps_BS, logps_BS
     if config.sequence_level_importance_ratios:
-        log_ratios_B = ((logps_BS - prev_BS) * tokens_BS).sum(-1) / tokens_BS.sum(-1).clamp(min=1)
+        log_ratios_B = ((logps_BS - prev_BS) * mask_BS).sum(-1) / mask_BS.sum(-1).clamp(min=1)
         ratios_BS = log_ratios_B.exp()[:, None].expand_as(logps_BS)
     else:
         ratios_BS = (logps_BS - prev_BS).exp()
@@ -189,7 +187,7 @@ def _policy_terms(
 
 @torch.no_grad()
 def generator_weights(
-    prev_BS: Tensor, gen_BS: Tensor, tokens_BS: Tensor, config: GRPOLossConfig
+    prev_BS: Tensor, gen_BS: Tensor, mask_BS: Tensor, config: GRPOLossConfig
 ) -> tuple[Tensor, Tensor]:
     """How much more probable the policy finds each token than the engine that sampled it, and which are out of bounds.
 
@@ -200,7 +198,7 @@ def generator_weights(
     """
     log_BS = prev_BS - gen_BS
     if config.sequence_level_importance_ratios:
-        log_BS = (log_BS * tokens_BS).sum(-1, keepdim=True).expand_as(log_BS)
+        log_BS = (log_BS * mask_BS).sum(-1, keepdim=True).expand_as(log_BS)
     weights_BS = log_BS.exp().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
     kind, high = config.truncated_importance_sampling_type, config.truncated_importance_sampling_ratio
     if kind is None or high is None:
@@ -209,7 +207,7 @@ def generator_weights(
     compared_BS = weights_BS
     if kind == "seq-mask-tis":
         finite_BS = log_BS.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-        means_B = (finite_BS * tokens_BS).sum(-1) / tokens_BS.sum(-1).clamp(min=1)
+        means_B = (finite_BS * mask_BS).sum(-1) / mask_BS.sum(-1).clamp(min=1)
         compared_BS = means_B.exp()[:, None].expand_as(weights_BS)
     outside_BS = (compared_BS < low) | (compared_BS > high)
     limited_BS = weights_BS.clamp(low, high) if kind == "tis" else weights_BS.masked_fill(outside_BS, 0.0)
@@ -219,17 +217,15 @@ def generator_weights(
 def _kl(
     logps_BS: Tensor,
     gen_BS: Tensor,
-    ref_logps_BS: Tensor | None,
-    kept_BS: Tensor,
+    ref_BS: Tensor | None,
     mean: Callable[[Tensor], Tensor],
     means: Means,
     config: GRPOLossConfig,
 ) -> tuple[Tensor, Tensor]:
     """The KL penalty before its weight, averaged as the loss is; and the plain KL (k1, no clamp) a token."""
-    if ref_logps_BS is None:
+    if ref_BS is None:
         zero = means.tokens(torch.zeros_like(logps_BS))
         return zero, zero
-    ref_BS = ref_logps_BS.masked_fill(~kept_BS, 0.0)
     base_BS = gen_BS if config.use_on_policy_kl_approximation else logps_BS.detach()
     weights_BS = (logps_BS - base_BS).exp().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
     kl_BS = token_kl(
