@@ -100,6 +100,7 @@ def _loss(data: dict[str, Any]) -> Iterator[Problem]:
             "true, but loss_fn.sequence_level_importance_ratios (GSPO) averages each sequence",
             "set loss_fn.token_level_loss=false",
         )
+    yield from _alternatives(loss)
     kind, cap = loss["truncated_importance_sampling_type"], loss["truncated_importance_sampling_ratio"]
     if kind is None and cap is not None:
         yield Problem(
@@ -112,6 +113,12 @@ def _loss(data: dict[str, Any]) -> Iterator[Problem]:
             "loss_fn.truncated_importance_sampling_type",
             f"{kind} limits a correction that is off",
             "set loss_fn.use_importance_sampling_correction=true, or the type to null",
+        )
+    if kind == "seq-mask-tis" and loss["sequence_level_importance_ratios"]:
+        yield Problem(
+            "loss_fn.truncated_importance_sampling_type",
+            "seq-mask-tis weighs tokens; loss_fn.sequence_level_importance_ratios (GSPO) gives a sequence one weight",
+            "set it to tis or icepop, or loss_fn.sequence_level_importance_ratios=false",
         )
     if kind is not None and cap is None:
         yield Problem(
@@ -126,6 +133,12 @@ def _loss(data: dict[str, Any]) -> Iterator[Problem]:
             f"{kind} needs a lower limit too",
             "set loss_fn.truncated_importance_sampling_ratio_min, for example to 0.5",
         )
+    elif floor is not None and kind is None:
+        yield Problem(
+            "loss_fn.truncated_importance_sampling_ratio_min",
+            f"{floor:g} is read only with a type",
+            "set loss_fn.truncated_importance_sampling_type=tis, or remove it",
+        )
     elif floor is not None and cap is not None and floor >= cap:
         yield Problem(
             "loss_fn.truncated_importance_sampling_ratio_min",
@@ -137,6 +150,50 @@ def _loss(data: dict[str, Any]) -> Iterator[Problem]:
             "grpo.skip_reference_policy_logprobs_calculation",
             f"loss_fn.reference_policy_kl_penalty={loss['reference_policy_kl_penalty']:g} needs the reference",
             "set grpo.skip_reference_policy_logprobs_calculation=false, or the penalty to 0",
+        )
+
+
+def _alternatives(loss: dict[str, Any]) -> Iterator[Problem]:
+    """What stands in place of the clipped ratio excludes one another, and the keys that it does not read."""
+    if loss["use_cispo"]:
+        for key, wanted in (
+            ("disable_ppo_ratio", False),
+            ("force_on_policy_ratio", False),
+            ("sequence_level_importance_ratios", False),
+            ("ratio_clip_c", None),
+            ("token_level_loss", True),
+        ):
+            if loss[key] != wanted:
+                now, right = (str(value).lower().replace("none", "null") for value in (loss[key], wanted))
+                yield Problem(
+                    f"loss_fn.{key}",
+                    f"{now} does not go with loss_fn.use_cispo, which weighs each token with its clipped ratio",
+                    f"set loss_fn.{key}={right}, or loss_fn.use_cispo=false",
+                )
+    elif loss["disable_ppo_ratio"] and loss["force_on_policy_ratio"]:
+        yield Problem(
+            "loss_fn.disable_ppo_ratio",
+            "true, but loss_fn.force_on_policy_ratio takes the ratio as 1",
+            "set one of them to false (their gradients are the same)",
+        )
+    elif loss["ratio_clip_c"] is not None and (loss["disable_ppo_ratio"] or loss["force_on_policy_ratio"]):
+        off = "disable_ppo_ratio" if loss["disable_ppo_ratio"] else "force_on_policy_ratio"
+        yield Problem(
+            "loss_fn.ratio_clip_c",
+            f"{loss['ratio_clip_c']:g} bounds a ratio, and with loss_fn.{off} there is none to bound",
+            f"set loss_fn.ratio_clip_c=null, or loss_fn.{off}=false",
+        )
+    if loss["use_kl_in_reward"] and loss["use_on_policy_kl_approximation"]:
+        yield Problem(
+            "loss_fn.use_on_policy_kl_approximation",
+            "weighs the KL of the loss, but loss_fn.use_kl_in_reward puts the KL into the advantages",
+            "set one of them to false",
+        )
+    if loss["use_kl_in_reward"] and not loss["reference_policy_kl_penalty"]:
+        yield Problem(
+            "loss_fn.use_kl_in_reward",
+            "true, but loss_fn.reference_policy_kl_penalty=0 takes nothing off",
+            "set the penalty above 0, or loss_fn.use_kl_in_reward=false",
         )
 
 

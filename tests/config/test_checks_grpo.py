@@ -86,6 +86,48 @@ WRONG: dict[str, tuple[str, str, str, dict[str, Any], dict[str, Any]]] = {
     "limits the wrong way round": (
         f"{LOSS}_ratio_min", "6 is not below", "lower", RLVR, {f"{LOSS}_type": "icepop", f"{LOSS}_ratio_min": 6},
     ),
+    "a lower limit without a type": (
+        f"{LOSS}_ratio_min", "0.5 is read only", "tis", RLVR,
+        {f"{LOSS}_type": None, f"{LOSS}_ratio": None, f"{LOSS}_ratio_min": 0.5},
+    ),
+    "tokens left out of one weight for all": (
+        f"{LOSS}_type", "one weight", "tis or icepop", RLVR,
+        {
+            f"{LOSS}_type": "seq-mask-tis", f"{LOSS}_ratio_min": 0.9,
+            "loss_fn.sequence_level_importance_ratios": True, "loss_fn.token_level_loss": False,
+        },
+    ),
+    "CISPO without a ratio": (
+        "loss_fn.force_on_policy_ratio", "does not go with loss_fn.use_cispo", "=false", RLVR,
+        {"loss_fn.use_cispo": True, "loss_fn.force_on_policy_ratio": True},
+    ),
+    "CISPO with a dual clip": (
+        "loss_fn.ratio_clip_c", "3 does not go with", "=null", RLVR,
+        {"loss_fn.use_cispo": True, "loss_fn.force_on_policy_ratio": False, "loss_fn.ratio_clip_c": 3},
+    ),
+    "CISPO by sequences": (
+        "loss_fn.token_level_loss", "false does not go with", "=true", RLVR,
+        {"loss_fn.use_cispo": True, "loss_fn.force_on_policy_ratio": False, "loss_fn.token_level_loss": False},
+    ),
+    "two ways to do without a ratio": (
+        "loss_fn.disable_ppo_ratio", "takes the ratio as 1", "one of them", RLVR,
+        {"loss_fn.disable_ppo_ratio": True, "loss_fn.force_on_policy_ratio": True},
+    ),
+    "a bound on no ratio": (
+        "loss_fn.ratio_clip_c", "none to bound", "=null", RLVR,
+        {"loss_fn.ratio_clip_c": 3, "loss_fn.force_on_policy_ratio": True},
+    ),
+    "a weight of a KL that is in the reward": (
+        "loss_fn.use_on_policy_kl_approximation", "into the advantages", "one of them", RLHF,
+        {"loss_fn.use_kl_in_reward": True, "loss_fn.use_on_policy_kl_approximation": True},
+    ),
+    "a KL of nothing in the reward": (
+        "loss_fn.use_kl_in_reward", "takes nothing off", "above 0", RLHF,
+        {
+            "loss_fn.use_kl_in_reward": True, "loss_fn.use_on_policy_kl_approximation": False,
+            "loss_fn.reference_policy_kl_penalty": 0,
+        },
+    ),
     "a KL penalty without the reference": (
         "grpo.skip_reference_policy_logprobs_calculation", "0.0001 needs the reference", "=false", RLHF,
         {"grpo.skip_reference_policy_logprobs_calculation": True},
@@ -213,6 +255,11 @@ def test_problem_is_named_once_with_its_remedy(
 RIGHT: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "two rollouts against the group's mean": (
         RLVR, {"grpo.num_generations_per_prompt": 2, "grpo.use_leave_one_out_baseline": False, SIZE: 64},
+    ),
+    "plain policy gradient": (RLVR, {"loss_fn.disable_ppo_ratio": True, "loss_fn.force_on_policy_ratio": False}),
+    "CISPO": (RLVR, {"loss_fn.use_cispo": True, "loss_fn.force_on_policy_ratio": False}),
+    "the KL in the reward": (
+        RLHF, {"loss_fn.use_kl_in_reward": True, "loss_fn.use_on_policy_kl_approximation": False},
     ),
     "several optimizer steps for a step's rollouts": (RLVR, {SIZE: 64, "loss_fn.force_on_policy_ratio": False}),
     "dynamic sampling against the group's mean": (

@@ -38,7 +38,7 @@ finish() {
     mv "$NEMOTRON_LOG_DIR/exit_code.node-$node.tmp" "$NEMOTRON_LOG_DIR/exit_code.node-$node"
     exec >&3
     for _ in {1..50}; do kill -0 "$copy" || break; sleep 0.1; done
-    echo "nemotron-exit ef85212818ecb91d attempt=$attempt node=$node code=$code"
+    echo "nemotron-exit f935d4d9c1904e35 attempt=$attempt node=$node code=$code"
     exit "$code"
 }
 trap finish EXIT
@@ -72,7 +72,7 @@ place() { # file mode sha256 variable parts
     chmod "$2" "$part"
     mv "$part" "$run_dir/$1"
 }
-place config.yaml 600 f2d8e7a2d3e6f4f7979bad8338cd9ec57baabc07ecd0526ecf4bbd71ec284258 NEMOTRON_FILE_0 1
+place config.yaml 600 fd4590306f1a8e40a048d17c559811fd1c87f87230a34520e4f6a41df3b703a1 NEMOTRON_FILE_0 1
 if [[ ! -e $run_dir/code ]]; then
     place code.tar.gz 600 0000000000000000000000000000000000000000000000000000000000000000 NEMOTRON_BUNDLE 1
     fresh=$run_dir/.code.node-$node

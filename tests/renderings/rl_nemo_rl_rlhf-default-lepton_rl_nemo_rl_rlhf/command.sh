@@ -38,7 +38,7 @@ finish() {
     mv "$NEMOTRON_LOG_DIR/exit_code.node-$node.tmp" "$NEMOTRON_LOG_DIR/exit_code.node-$node"
     exec >&3
     for _ in {1..50}; do kill -0 "$copy" || break; sleep 0.1; done
-    echo "nemotron-exit 7b706a366dc38241 attempt=$attempt node=$node code=$code"
+    echo "nemotron-exit a1d4dfb6cef0ab1b attempt=$attempt node=$node code=$code"
     exit "$code"
 }
 trap finish EXIT
@@ -72,7 +72,7 @@ place() { # file mode sha256 variable parts
     chmod "$2" "$part"
     mv "$part" "$run_dir/$1"
 }
-place config.yaml 600 ab24e77604bfa872869b7de8debf4e23a54fadb82eae83576c78c356ac1f5010 NEMOTRON_FILE_0 1
+place config.yaml 600 a10fbde56468156316abdf04411964f9748d1dd192b11ea3fc6f2afb6679dd71 NEMOTRON_FILE_0 1
 if [[ ! -e $run_dir/code ]]; then
     place code.tar.gz 600 0000000000000000000000000000000000000000000000000000000000000000 NEMOTRON_BUNDLE 1
     fresh=$run_dir/.code.node-$node

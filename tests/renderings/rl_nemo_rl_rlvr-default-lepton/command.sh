@@ -38,7 +38,7 @@ finish() {
     mv "$NEMOTRON_LOG_DIR/exit_code.node-$node.tmp" "$NEMOTRON_LOG_DIR/exit_code.node-$node"
     exec >&3
     for _ in {1..50}; do kill -0 "$copy" || break; sleep 0.1; done
-    echo "nemotron-exit 5fd28926244cd4b7 attempt=$attempt node=$node code=$code"
+    echo "nemotron-exit 307f5d1f2d766516 attempt=$attempt node=$node code=$code"
     exit "$code"
 }
 trap finish EXIT
@@ -67,7 +67,7 @@ place() { # file mode sha256 variable parts
     chmod "$2" "$part"
     mv "$part" "$run_dir/$1"
 }
-place config.yaml 600 a5fcb7b5fa82dc6ed5b79d74b62435de78313044d1e6bd1b815e499b35e1f0b7 NEMOTRON_FILE_0 1
+place config.yaml 600 c95847e550d9e68a50c70bccc2fdc01b50fd7582f2ee2b46c9151fd2d5758154 NEMOTRON_FILE_0 1
 if [[ ! -e $run_dir/code ]]; then
     place code.tar.gz 600 0000000000000000000000000000000000000000000000000000000000000000 NEMOTRON_BUNDLE 1
     fresh=$run_dir/.code.node-$node

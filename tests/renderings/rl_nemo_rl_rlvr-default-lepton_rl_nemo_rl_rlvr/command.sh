@@ -38,7 +38,7 @@ finish() {
     mv "$NEMOTRON_LOG_DIR/exit_code.node-$node.tmp" "$NEMOTRON_LOG_DIR/exit_code.node-$node"
     exec >&3
     for _ in {1..50}; do kill -0 "$copy" || break; sleep 0.1; done
-    echo "nemotron-exit e847c40abaa966e5 attempt=$attempt node=$node code=$code"
+    echo "nemotron-exit 92af6ab36127d33c attempt=$attempt node=$node code=$code"
     exit "$code"
 }
 trap finish EXIT
@@ -67,7 +67,7 @@ place() { # file mode sha256 variable parts
     chmod "$2" "$part"
     mv "$part" "$run_dir/$1"
 }
-place config.yaml 600 d089fd4af50158a12fb6c7bbf4b0d525c4e316f2255f43e198f19bee88521309 NEMOTRON_FILE_0 1
+place config.yaml 600 e09137aa0af6b8c1e558ce24c87141375057f26f93332d9d4b9aea423bfd139b NEMOTRON_FILE_0 1
 if [[ ! -e $run_dir/code ]]; then
     place code.tar.gz 600 0000000000000000000000000000000000000000000000000000000000000000 NEMOTRON_BUNDLE 1
     fresh=$run_dir/.code.node-$node

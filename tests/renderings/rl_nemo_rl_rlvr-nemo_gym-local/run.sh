@@ -29,6 +29,7 @@ grpo:
   max_val_samples: 256
   val_batch_size: 256
   val_num_generations_per_prompt: 2
+  val_greedy: true
   seed: 42
   overlong_filtering: false
   advantage_clip_low: -50
@@ -37,6 +38,8 @@ grpo:
   dynamic_sampling_max_gen_batches: 10
   batch_multiplier: 1
   skip_reference_policy_logprobs_calculation: false
+  reference_kl_period: 10
+  reference: offloaded
   seq_logprob_error_threshold: 2
   reward_shaping:
     enabled: false
@@ -60,17 +63,20 @@ loss_fn:
   kl_input_clamp_value: 20.0
   kl_output_clamp_value: 10.0
   use_on_policy_kl_approximation: false
+  use_kl_in_reward: false
   ratio_clip_min: 0.2
   ratio_clip_max: 0.28
   ratio_clip_c: null
   token_level_loss: true
   sequence_level_importance_ratios: false
   use_cispo: false
+  disable_ppo_ratio: false
   force_on_policy_ratio: true
   use_importance_sampling_correction: true
   truncated_importance_sampling_type: tis
   truncated_importance_sampling_ratio: 5
   truncated_importance_sampling_ratio_min: null
+  positive_example_nll_weight: 0.0
 policy:
   model_name: meta-llama/Llama-3.2-1B-Instruct
   architecture: null
