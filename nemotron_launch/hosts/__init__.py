@@ -80,10 +80,12 @@ def open_host(contact: Mapping[str, Any]) -> Host:
         from nemotron_launch.hosts.here import Here
 
         return Here()
+    from nemotron_launch.hosts.session import Remote
+
     if contact.get("client") == "openssh":
         from nemotron_launch.hosts.openssh import OpenSSH
 
-        return OpenSSH(contact)
+        return Remote(OpenSSH(contact))
     from nemotron_launch.hosts.ssh import SSH
 
-    return SSH(contact)
+    return Remote(SSH(contact))
