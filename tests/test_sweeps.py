@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import subprocess
 import tarfile
 from pathlib import Path
@@ -19,7 +20,8 @@ from nemotron_launch.frozen import replace
 from nemotron_launch.plan import compose_for, plan_job
 from nemotron_launch.profiles import Profile
 from nemotron_launch.sweeps import Sweep, compile_sweep, pack, read_points
-from tests.sites import LEPTON, SLURM, profile
+from tests.conftest import Nemotron
+from tests.sites import LEPTON, SLURM, profile, profile_file
 
 
 def values(text: str) -> list[Any]:
@@ -221,3 +223,39 @@ def test_points_that_one_script_cannot_carry_are_refused(axis: str, key: str, tm
 def test_lepton_has_no_arrays(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="Lepton has no arrays"):
         sweep(["dpo.seed=1,2"], profile(tmp_path, LEPTON))
+
+
+# The command.
+
+
+def test_a_dry_run_prints_the_array_and_its_points(tree: Path, nemotron: Nemotron) -> None:
+    profile_file(Path("profiles"), "site", SLURM)
+    ask = ("steps", "run", "small", "-b", "site", "-d", "--sweep", "exit=0,3", "--max-parallel", "2")
+    done = nemotron(*ask)
+    assert done.returncode == 0, done.stderr
+    assert "#SBATCH --array=0-1%2\n" in done.stdout
+    assert done.stdout.endswith(
+        "# 2 points:\n#   0: exit=0 → /lustre/jobs/out/sft/exit=0\n#   1: exit=3 → /lustre/jobs/out/sft/exit=3\n"
+    )
+    script = nemotron(*ask, "--output", "script").stdout
+    assert done.stdout.startswith(script) and "points:" not in script
+    assert nemotron(*ask, "--output", "dir=written").returncode == 0
+    assert sorted(path.name for path in Path("written").glob("*.*")) == [
+        next(path.name for path in Path("written").glob("code-*")), "job.sbatch", "node.sh", "points.tar.gz"
+    ]  # fmt: skip
+    assert Path("written/job.sbatch").read_text() == script
+    data = json.loads(nemotron(*ask, "--output", "json").stdout)
+    assert [point["overrides"] for point in data["points"]] == [["exit=0"], ["exit=3"]]
+    assert data["files"]["job.sbatch"] == script
+
+
+def test_a_dry_run_here_prints_the_script_of_each_point(tree: Path, nemotron: Nemotron) -> None:
+    done = nemotron("steps", "run", "small", "-d", "--sweep", "exit=0,3")
+    assert done.returncode == 0, done.stderr
+    assert "# Point 0: exit=0 → out/sft/exit=0\n#!/bin/bash" in done.stdout and "# Point 1: exit=3" in done.stdout
+
+
+@pytest.mark.parametrize("option", [["--zip"], ["--max-parallel", "2"]])
+def test_options_of_a_sweep_go_with_one(option: list[str], tree: Path, nemotron: Nemotron) -> None:
+    done = nemotron("steps", "run", "small", "-d", *option)
+    assert (done.returncode, done.stderr) == (2, f"error: {option[0]} goes with --sweep\n")

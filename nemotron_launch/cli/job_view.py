@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -17,61 +18,69 @@ def show(compiled: Compiled, output: str | None) -> None:
     """Print a dry run, as `--output` asks for it. Warnings go to stderr, so that a pipe gets the job's bytes alone."""
     terminal = sys.stdout.isatty()
     if output is None and terminal:
-        _print_summary(compiled)
-        _print_files(compiled)
+        print_summary(facts_of(compiled), compiled.warnings)
+        print_files(compiled)
         return
     for warning in compiled.warnings:
         click.echo(f"warning: {warning}", err=True)
     if output in (None, "script"):
-        _print_bytes(compiled.rendered.text)
+        print_bytes(compiled.rendered.text)
     elif output == "json":
         click.echo(json.dumps(as_data(compiled), indent=2, ensure_ascii=False))
     elif output == "yaml":
         from nemotron_launch.config.yaml_files import dump
 
-        _print_bytes(dump(as_data(compiled)))
+        print_bytes(dump(as_data(compiled)))
     else:
         assert output is not None
         _write(compiled, Path(output.removeprefix("dir=")).expanduser())
 
 
-def _print_bytes(text: str) -> None:
+def print_bytes(text: str) -> None:
+    """Print the text's very bytes, whatever the terminal's encoding is."""
     sys.stdout.flush()
     sys.stdout.buffer.write(text.encode())
     sys.stdout.buffer.flush()
 
 
 def _write(compiled: Compiled, folder: Path) -> None:
-    import shlex
-
     written = write_to(compiled, folder)
     job = compiled.job
     click.echo(f"wrote {len(written)} files to {display(folder)}", err=True)
     if job.executor == "slurm":
-        click.echo(f"to submit them by hand, copy the folder to {job.run_dir} on the cluster; there:", err=True)
-        if job.secrets:
-            names = ", ".join(secret.name for secret in job.secrets)
-            click.echo(f"  write secrets.env, mode 600, with lines  export NAME=value  for {names}", err=True)
-        click.echo(f"  sbatch {shlex.quote(f'{job.run_dir}/{compiled.rendered.main}')}", err=True)
+        print_by_hand(job, compiled.rendered.main)
+
+
+def print_by_hand(job: Job, main: str) -> None:
+    """Say how a job that was written into a folder is submitted without us."""
+    import shlex
+
+    click.echo(f"to submit them by hand, copy the folder to {job.run_dir} on the cluster; there:", err=True)
+    if job.secrets:
+        names = ", ".join(secret.name for secret in job.secrets)
+        click.echo(f"  write secrets.env, mode 600, with lines  export NAME=value  for {names}", err=True)
+    click.echo(f"  sbatch {shlex.quote(f'{job.run_dir}/{main}')}", err=True)
 
 
 # On a terminal -----------------------------------------------------------------------------------------------------
 
 
-def _print_summary(compiled: Compiled) -> None:
+def print_summary(facts: Sequence[tuple[str, str]], warnings: Sequence[str]) -> None:
+    """Print what a job is, a line for each fact."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     table = Table.grid(padding=(0, 2))
-    for name, value in _facts(compiled):
+    for name, value in facts:
         table.add_row(f"[bold]{name}[/bold]", escape(value))
-    for warning in compiled.warnings:
+    for warning in warnings:
         table.add_row("[bold yellow]warning[/bold yellow]", escape(warning))
     Console(highlight=False).print(table)
 
 
-def _facts(compiled: Compiled) -> list[tuple[str, str]]:
+def facts_of(compiled: Compiled) -> list[tuple[str, str]]:
+    """What a job is, by name, for a summary."""
     import shlex
 
     job, composed, profile = compiled.job, compiled.composed, compiled.profile
@@ -128,14 +137,14 @@ def _resources(job: Job) -> str:
 
 
 def node_hours(job: Job) -> float | None:
-    """What the job costs at most: its nodes for its time limit, each attempt anew. None without a limit."""
+    """What the job costs at most: its nodes for its time limit, each attempt and point anew. None without a limit."""
     from nemotron_launch.profiles import seconds
 
     time = job.options.get("time")
     if job.executor == "local" or not time:
         return None
     nodes = job.nodes + sum(service.nodes for service in job.services)
-    return round(nodes * seconds(time) / 3600 * (1 + job.restart.max_restarts), 2)
+    return round(nodes * seconds(time) / 3600 * (1 + job.restart.max_restarts) * (len(job.points) or 1), 2)
 
 
 def _count(number: int, what: str) -> str:
@@ -163,7 +172,8 @@ _LONGEST_LINE = 2000
 _LANGUAGES = {".json": "json", ".yaml": "yaml", ".sh": "bash", ".sbatch": "bash"}
 
 
-def _print_files(compiled: Compiled) -> None:
+def print_files(compiled: Compiled) -> None:
+    """Print the files of a job in colours."""
     from rich.console import Console
     from rich.rule import Rule
     from rich.syntax import Syntax

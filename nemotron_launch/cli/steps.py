@@ -149,6 +149,15 @@ PROFILES = click.option(
 @PROFILES
 @click.option("--output", metavar="FORM", help="With -d: json, yaml, script, or dir=PATH for all files.")
 @click.option("--run-id", metavar="ID", help="Name the run yourself.")
+@click.option(
+    "--sweep",
+    "axes",
+    multiple=True,
+    metavar="KEY=VALUES",
+    help="Run a point for each value (1,2,3, choice(…), range(…), logspace(…)); several make every combination.",
+)
+@click.option("--zip", "pairs", is_flag=True, help="Pair the values of several --sweep instead.")
+@click.option("--max-parallel", type=click.IntRange(min=1), metavar="N", help="Run at most N points at a time.")
 @click.option("--force-squash", is_flag=True, help="Import the container image anew (Slurm).")
 @click.pass_context
 def run(
@@ -162,6 +171,9 @@ def run(
     profiles: Path | None,
     output: str | None,
     run_id: str | None,
+    axes: tuple[str, ...],
+    pairs: bool,
+    max_parallel: int | None,
     force_squash: bool,
 ) -> None:
     """Run a step, on this machine or where a profile says.
@@ -190,9 +202,16 @@ def run(
         raise UserError("--output goes with -d: it is the form of a dry run")
     if output is not None and output not in ("json", "yaml", "script") and output.removeprefix("dir=") in (output, ""):
         raise UserError(f"--output takes json, yaml, script or dir=PATH, got {output!r}")
+    if not axes and (pairs or max_parallel is not None):
+        raise UserError(f"{'--zip' if pairs else '--max-parallel'} goes with --sweep")
     step = find_step(step_id)
     path = find_config(step, config)
     profile = _load_profile(attached or detached, profiles, force_squash)
+    if axes:
+        from nemotron_launch.cli.sweeps import Asked, run_sweep
+
+        asked = Asked(axes, pairs, max_parallel or 0, run_id, dry_run, output)
+        ctx.exit(run_sweep(step, path, asked, overrides, profile, passthrough, attached=detached is None))
     if dry_run:
         _dry_run(step, path, overrides, profile, passthrough, detached is None, run_id, output)
     elif profile is not None and profile.executor != "local":
