@@ -14,7 +14,7 @@ import paramiko
 
 from nemotron_launch.errors import UserError
 from nemotron_launch.hosts import Unreachable
-from nemotron_launch.hosts.ssh_config import DEFAULT_KEYS, Contact
+from nemotron_launch.hosts.ssh_config import DEFAULT_KEYS, Contact, has_terminal
 
 ANSWER = 30.0  # seconds for a server to take or refuse a key
 TYPING = 120.0  # seconds for a person to type a code
@@ -106,7 +106,7 @@ def _keys(there: Contact, tried: list[str]) -> Iterator[tuple[str, paramiko.PKey
 
 
 def _unlocked(label: str, path: Path, tried: list[str]) -> Iterator[tuple[str, paramiko.PKey]]:
-    if not _terminal():
+    if not has_terminal():
         tried.append(f"{label} (locked by a passphrase, and no terminal to ask on: ssh-add {path})")
         return
     for _ in range(TRIES):
@@ -126,7 +126,7 @@ def _by_typing(transport: paramiko.Transport, there: Contact, wanted: list[str],
     method = next((name for name in ("keyboard-interactive", "password") if name in wanted), None)
     if method is None:
         raise _denied(there, wanted, tried)
-    if not _terminal():
+    if not has_terminal():
         what = "a one-time code or a password" if method == "keyboard-interactive" else "a password"
         raise UserError(
             f"{there.name} asks for {what}, and there is no terminal to type it on",
@@ -156,14 +156,6 @@ def _answers(title: str, instructions: str, prompts: list[tuple[str, bool]]) -> 
         if text.strip():
             _say(text.strip())
     return [_ask(prompt, hidden=not echo) for prompt, echo in prompts]
-
-
-def _terminal() -> bool:
-    try:
-        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
-    except OSError:
-        return False
-    return True
 
 
 def _ask(prompt: str, *, hidden: bool) -> str:

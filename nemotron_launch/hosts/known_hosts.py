@@ -35,28 +35,41 @@ def check(kind: str, key: bytes, known: list[Known], *, host: str, name: str, fi
     kind: ssh-ed25519, …; key: its public half as on the wire; host: as people know it; name: as known_hosts has it.
     """
     text = base64.b64encode(key).decode()
-    shown = f"{kind.removeprefix('ssh-').split('-')[0].upper()} {fingerprint(key)}"
+    text, seen = base64.b64encode(key).decode(), shown(kind, fingerprint(key))
     for line in known:
         if line.marker == "revoked" and line.key == text:
             hint = f"{line.where} says so; do not connect, ask the site"
-            raise UserError(f"the host key of {host} is revoked: {shown}", hint=hint, exit_code=1)
+            raise UserError(f"the host key of {host} is revoked: {seen}", hint=hint, exit_code=1)
     plain = [line for line in known if not line.marker]
-    if any(line.key == text for line in plain):
-        return
-    if plain:
-        raise UserError(
-            f"THE HOST KEY OF {host} HAS CHANGED: it shows {shown}",
-            hint=f"{plain[0].where} has another one. Somebody may be between you and the host, and read all that you send;\n"
-            "or the site has renewed its key. Ask the site for the new fingerprint. Only when it is this one:\n"
-            f"ssh-keygen -R '{name}' -f {plain[0].where.rpartition(':')[0]}, then connect with ssh once",
-            exit_code=1,
-        )
+    if not plain:
+        raise unknown(seen, known, host=host, name=name, files=files)
+    if all(line.key != text for line in plain):
+        raise changed(seen, known, host=host, name=name)
+
+
+def unknown(seen: str, known: list[Known], *, host: str, name: str, files: tuple[Path, ...]) -> UserError:
+    """What to say of a host whose key was never seen."""
     hint = "compare the fingerprint with the one that the site publishes; when it is the same, connect once by hand\n"
     hint += f"and answer yes: {_by_hand(host, name)}"
     if any(line.marker == "cert-authority" for line in known):
         hint += "\n(a certificate of the host is trusted; to use it, set tunnel.client: openssh)"
     where = str(files[0]) if files else "known_hosts"
-    raise UserError(f"the host key of {host} is not in {where}: {shown}", hint=hint, exit_code=1)
+    return UserError(f"the host key of {host} is not in {where}: {seen}", hint=hint, exit_code=1)
+
+
+def changed(seen: str, known: list[Known], *, host: str, name: str) -> UserError:
+    """What to say of a host whose key is another one than before."""
+    where = next(line.where for line in known if not line.marker)
+    hint = f"""\
+{where} has another one. Somebody may be between you and the host, and read all that you send;
+or the site has renewed its key. Ask the site for the new fingerprint. Only when it is this one:
+ssh-keygen -R '{name}' -f {where.rpartition(":")[0]}, then connect once by hand: {_by_hand(host, name)}"""
+    return UserError(f"THE HOST KEY OF {host} HAS CHANGED: it shows {seen}", hint=hint, exit_code=1)
+
+
+def shown(kind: str, fingerprint: str) -> str:
+    """A key as people compare it: ED25519 SHA256:…"""
+    return f"{kind.removeprefix('ssh-').split('-')[0].upper()} {fingerprint}"
 
 
 def fingerprint(key: bytes) -> str:

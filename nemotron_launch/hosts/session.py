@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import secrets
+import signal
+import tarfile
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import Protocol
 
 from nemotron_launch.errors import UserError
@@ -29,8 +32,8 @@ class Link(Protocol):
     def receive(self, seconds: float) -> tuple[bytes, bytes]:
         """What came on standard output and standard error, two empty ones after so long; EOFError at the end."""
 
-    def why(self) -> str:
-        """What is known of the reason when the link has ended."""
+    def ended(self) -> UserError | None:
+        """Why it has ended, where that is known."""
 
     def close(self) -> None: ...
 
@@ -129,8 +132,8 @@ class _Session:
             complete = True
             return _Answer(int(out.behind), err.text)
         except (EOFError, OSError) as error:
-            why = self._link.why() or (str(error) if not isinstance(error, EOFError) else "")
-            raise self._lost(f"ended the connection{': ' * bool(why)}{why}") from None
+            why = f": {error}" if isinstance(error, OSError) and str(error) else ""
+            raise self._link.ended() or self._lost(f"ended the connection{why}") from None
         finally:
             if not complete:
                 self.close()
@@ -254,6 +257,10 @@ class Remote:
                     files.write_whole(to, iter(pipe))
                 else:
                     list(pipe)
+            except tarfile.TarError:
+                list(pipe)  # an archive that ended early; the command says why
+                if pieces.answer and not pieces.answer.code:
+                    raise UserError(f"{self.name}: {path} came in pieces", exit_code=1) from None
             except OSError as error:
                 raise files.refusal("cannot write to", str(to), error.strerror or str(error), "") from None
             finally:
@@ -281,8 +288,9 @@ class Remote:
     ) -> _Answer:
         with self._lock:
             pieces = _Pieces(self._opened().ask(script, stdin, quiet=QUIET, total=total))
-            for piece in pieces:
-                each(piece)
+            with _uninterrupted():
+                for piece in pieces:
+                    each(piece)
         assert pieces.answer is not None
         return pieces.answer
 
@@ -295,6 +303,33 @@ class Remote:
     def _check(self, answer: _Answer, what: str, path: str) -> None:
         if answer.code:
             raise files.refusal(what, path, answer.stderr.decode(errors="replace"), self.name)
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Keep the first Ctrl-C until a command has answered, so that its answer and the connection are not lost.
+
+    The second one ends it at once. A program that handles Ctrl-C itself keeps its own way.
+    """
+    ours = threading.current_thread() is threading.main_thread()
+    if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    pressed = False
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        nonlocal pressed
+        if pressed:
+            signal.default_int_handler(number, frame)
+        pressed = True
+
+    signal.signal(signal.SIGINT, remember)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if pressed:
+        raise KeyboardInterrupt
 
 
 class _Pieces:

@@ -125,8 +125,8 @@ class ChannelLink:
             raise EOFError
         return out, err
 
-    def why(self) -> str:
-        return ""
+    def ended(self) -> UserError | None:
+        return None
 
     def close(self) -> None:
         with suppress(Exception):
@@ -240,7 +240,9 @@ def _through(command: str, ways: ExitStack) -> socket.socket:
     """A socket whose other end is a proxy command's standard input and output."""
     ours, theirs = socket.socketpair()
     with theirs:
-        process = subprocess.Popen(["/bin/sh", "-c", f"exec {command}"], stdin=theirs.fileno(), stdout=theirs.fileno())
+        process = subprocess.Popen(
+            ["/bin/sh", "-c", f"trap '' INT; exec {command}"], stdin=theirs.fileno(), stdout=theirs.fileno()
+        )
 
     def end() -> None:
         process.terminate()

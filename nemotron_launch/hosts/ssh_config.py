@@ -103,6 +103,15 @@ def config_arguments() -> list[str]:
     return ["-F", os.environ[CONFIG]] if os.environ.get(CONFIG) else []
 
 
+def has_terminal() -> bool:
+    """Whether somebody can be asked for a password or a code."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
+
+
 def plain(text: str, key: str) -> str:
     """A host's or user's name that ssh takes for nothing else."""
     if not text or text.startswith("-") or re.search(r"[\s\0'\"`$\\;&<>|(){}]", text) or not text.isprintable():
