@@ -38,7 +38,7 @@ finish() {
     mv "$NEMOTRON_LOG_DIR/exit_code.node-$node.tmp" "$NEMOTRON_LOG_DIR/exit_code.node-$node"
     exec >&3
     for _ in {1..50}; do kill -0 "$copy" || break; sleep 0.1; done
-    echo "nemotron-exit daaa8dc685c4d24b attempt=$attempt node=$node code=$code"
+    echo "nemotron-exit debfcfb5be33388d attempt=$attempt node=$node code=$code"
     exit "$code"
 }
 trap finish EXIT
@@ -67,7 +67,7 @@ place() { # file mode sha256 variable parts
     chmod "$2" "$part"
     mv "$part" "$run_dir/$1"
 }
-place config.yaml 600 3e619e4640fb91c58d9501b8dbb7ce99240da00fe5a33702f7eb6b55a7c6cac0 NEMOTRON_FILE_0 1
+place config.yaml 600 96852272b288b143670bcb031d1eca8e860bd6f7d26d0cfbc8b919b48763dff8 NEMOTRON_FILE_0 1
 if [[ ! -e $run_dir/code ]]; then
     place code.tar.gz 600 0000000000000000000000000000000000000000000000000000000000000000 NEMOTRON_BUNDLE 1
     fresh=$run_dir/.code.node-$node

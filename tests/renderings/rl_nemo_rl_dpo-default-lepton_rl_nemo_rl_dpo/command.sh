@@ -38,7 +38,7 @@ finish() {
     mv "$NEMOTRON_LOG_DIR/exit_code.node-$node.tmp" "$NEMOTRON_LOG_DIR/exit_code.node-$node"
     exec >&3
     for _ in {1..50}; do kill -0 "$copy" || break; sleep 0.1; done
-    echo "nemotron-exit c1c9ddf8b8aa01b8 attempt=$attempt node=$node code=$code"
+    echo "nemotron-exit cf4dd28cef731298 attempt=$attempt node=$node code=$code"
     exit "$code"
 }
 trap finish EXIT
@@ -67,7 +67,7 @@ place() { # file mode sha256 variable parts
     chmod "$2" "$part"
     mv "$part" "$run_dir/$1"
 }
-place config.yaml 600 1846daddda856999bd46d87095fa139e624924a3fa670fae3d91c28cc232228b NEMOTRON_FILE_0 1
+place config.yaml 600 cc4259b7aab2db1bc0dc24cde7dedfddc07b398a996745321b58dfed9142bd15 NEMOTRON_FILE_0 1
 if [[ ! -e $run_dir/code ]]; then
     place code.tar.gz 600 0000000000000000000000000000000000000000000000000000000000000000 NEMOTRON_BUNDLE 1
     fresh=$run_dir/.code.node-$node

@@ -38,7 +38,7 @@ finish() {
     mv "$NEMOTRON_LOG_DIR/exit_code.node-$node.tmp" "$NEMOTRON_LOG_DIR/exit_code.node-$node"
     exec >&3
     for _ in {1..50}; do kill -0 "$copy" || break; sleep 0.1; done
-    echo "nemotron-exit f7208a30341e31b3 attempt=$attempt node=$node code=$code"
+    echo "nemotron-exit ec88d25f14bea59a attempt=$attempt node=$node code=$code"
     exit "$code"
 }
 trap finish EXIT
@@ -67,7 +67,7 @@ place() { # file mode sha256 variable parts
     chmod "$2" "$part"
     mv "$part" "$run_dir/$1"
 }
-place config.yaml 600 df4b40ee6f2bef3aba41790469adf5fcab1ced0dd78ce839520eb49606c56591 NEMOTRON_FILE_0 1
+place config.yaml 600 be4a93d8f6f4c1e266abeaf36ac77d0669bd4d06a9e9e60bcac1e6a3cec0bd01 NEMOTRON_FILE_0 1
 if [[ ! -e $run_dir/code ]]; then
     place code.tar.gz 600 0000000000000000000000000000000000000000000000000000000000000000 NEMOTRON_BUNDLE 1
     fresh=$run_dir/.code.node-$node

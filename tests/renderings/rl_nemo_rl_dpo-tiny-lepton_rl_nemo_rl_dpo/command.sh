@@ -38,7 +38,7 @@ finish() {
     mv "$NEMOTRON_LOG_DIR/exit_code.node-$node.tmp" "$NEMOTRON_LOG_DIR/exit_code.node-$node"
     exec >&3
     for _ in {1..50}; do kill -0 "$copy" || break; sleep 0.1; done
-    echo "nemotron-exit dc3e2aa2b89f4893 attempt=$attempt node=$node code=$code"
+    echo "nemotron-exit fe37484eb7c79a6c attempt=$attempt node=$node code=$code"
     exit "$code"
 }
 trap finish EXIT
@@ -67,7 +67,7 @@ place() { # file mode sha256 variable parts
     chmod "$2" "$part"
     mv "$part" "$run_dir/$1"
 }
-place config.yaml 600 dd29ed3242343de987533e88ce81988a932e0d37b6a4638095272551411ef1aa NEMOTRON_FILE_0 1
+place config.yaml 600 7165dfa01d3f2674da76b9e8ce19a64fde10d3c2d6d1cf0f3963e3511070d03f NEMOTRON_FILE_0 1
 if [[ ! -e $run_dir/code ]]; then
     place code.tar.gz 600 0000000000000000000000000000000000000000000000000000000000000000 NEMOTRON_BUNDLE 1
     fresh=$run_dir/.code.node-$node

@@ -38,7 +38,7 @@ finish() {
     mv "$NEMOTRON_LOG_DIR/exit_code.node-$node.tmp" "$NEMOTRON_LOG_DIR/exit_code.node-$node"
     exec >&3
     for _ in {1..50}; do kill -0 "$copy" || break; sleep 0.1; done
-    echo "nemotron-exit f935d4d9c1904e35 attempt=$attempt node=$node code=$code"
+    echo "nemotron-exit 12118549bc64d4d7 attempt=$attempt node=$node code=$code"
     exit "$code"
 }
 trap finish EXIT
@@ -72,7 +72,7 @@ place() { # file mode sha256 variable parts
     chmod "$2" "$part"
     mv "$part" "$run_dir/$1"
 }
-place config.yaml 600 fd4590306f1a8e40a048d17c559811fd1c87f87230a34520e4f6a41df3b703a1 NEMOTRON_FILE_0 1
+place config.yaml 600 01d95bb8d12ab7c64f1fadcb16493cbf512e927fbeaf4a8a49abf791bbb4e911 NEMOTRON_FILE_0 1
 if [[ ! -e $run_dir/code ]]; then
     place code.tar.gz 600 0000000000000000000000000000000000000000000000000000000000000000 NEMOTRON_BUNDLE 1
     fresh=$run_dir/.code.node-$node

@@ -38,7 +38,7 @@ finish() {
     mv "$NEMOTRON_LOG_DIR/exit_code.node-$node.tmp" "$NEMOTRON_LOG_DIR/exit_code.node-$node"
     exec >&3
     for _ in {1..50}; do kill -0 "$copy" || break; sleep 0.1; done
-    echo "nemotron-exit a1d4dfb6cef0ab1b attempt=$attempt node=$node code=$code"
+    echo "nemotron-exit 320aa4da279b596c attempt=$attempt node=$node code=$code"
     exit "$code"
 }
 trap finish EXIT
@@ -72,7 +72,7 @@ place() { # file mode sha256 variable parts
     chmod "$2" "$part"
     mv "$part" "$run_dir/$1"
 }
-place config.yaml 600 a10fbde56468156316abdf04411964f9748d1dd192b11ea3fc6f2afb6679dd71 NEMOTRON_FILE_0 1
+place config.yaml 600 1030b0a9e134dfcbd98e7bc64c7b4b52d6225e17cccbe80dc0f9c130c577a7f6 NEMOTRON_FILE_0 1
 if [[ ! -e $run_dir/code ]]; then
     place code.tar.gz 600 0000000000000000000000000000000000000000000000000000000000000000 NEMOTRON_BUNDLE 1
     fresh=$run_dir/.code.node-$node

@@ -38,7 +38,7 @@ finish() {
     mv "$NEMOTRON_LOG_DIR/exit_code.node-$node.tmp" "$NEMOTRON_LOG_DIR/exit_code.node-$node"
     exec >&3
     for _ in {1..50}; do kill -0 "$copy" || break; sleep 0.1; done
-    echo "nemotron-exit 407c412833e6bcc4 attempt=$attempt node=$node code=$code"
+    echo "nemotron-exit f120dfe363d31ab8 attempt=$attempt node=$node code=$code"
     exit "$code"
 }
 trap finish EXIT
@@ -69,7 +69,7 @@ place() { # file mode sha256 variable parts
     chmod "$2" "$part"
     mv "$part" "$run_dir/$1"
 }
-place config.yaml 600 13df6d837a13c73249a750e77c6ce2d73ba82cabd5d4f08fc8dfb8f9b7751bb5 NEMOTRON_FILE_0 1
+place config.yaml 600 a74dd09197d1c40d88a89c0d7fb88ea229bf3b60e391c7f710a72fde3dc6d088 NEMOTRON_FILE_0 1
 if [[ ! -e $run_dir/code ]]; then
     place code.tar.gz 600 0000000000000000000000000000000000000000000000000000000000000000 NEMOTRON_BUNDLE 1
     fresh=$run_dir/.code.node-$node

@@ -38,7 +38,7 @@ finish() {
     mv "$NEMOTRON_LOG_DIR/exit_code.node-$node.tmp" "$NEMOTRON_LOG_DIR/exit_code.node-$node"
     exec >&3
     for _ in {1..50}; do kill -0 "$copy" || break; sleep 0.1; done
-    echo "nemotron-exit 43c7f40b1e5a0728 attempt=$attempt node=$node code=$code"
+    echo "nemotron-exit efd59e506e60c732 attempt=$attempt node=$node code=$code"
     exit "$code"
 }
 trap finish EXIT
@@ -69,7 +69,7 @@ place() { # file mode sha256 variable parts
     chmod "$2" "$part"
     mv "$part" "$run_dir/$1"
 }
-place config.yaml 600 9b6e504d96bfc66b11127f3d994de5df10c7822c68ab6f9e74b56f901a127367 NEMOTRON_FILE_0 1
+place config.yaml 600 c49ed28e5b16ecb78efbb573b6a7e960ea66cae1b09231de44d9b8415327a5fc NEMOTRON_FILE_0 1
 if [[ ! -e $run_dir/code ]]; then
     place code.tar.gz 600 0000000000000000000000000000000000000000000000000000000000000000 NEMOTRON_BUNDLE 1
     fresh=$run_dir/.code.node-$node

@@ -241,6 +241,7 @@ logger:
   wandb_enabled: false
   tensorboard_enabled: false
   mlflow_enabled: false
+  num_val_samples_to_print: 0
   wandb:
     project: grpo
     name: rlvr

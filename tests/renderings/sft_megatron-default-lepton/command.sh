@@ -38,7 +38,7 @@ finish() {
     mv "$NEMOTRON_LOG_DIR/exit_code.node-$node.tmp" "$NEMOTRON_LOG_DIR/exit_code.node-$node"
     exec >&3
     for _ in {1..50}; do kill -0 "$copy" || break; sleep 0.1; done
-    echo "nemotron-exit 98a30ec427a6fb12 attempt=$attempt node=$node code=$code"
+    echo "nemotron-exit 454c92ea7deab285 attempt=$attempt node=$node code=$code"
     exit "$code"
 }
 trap finish EXIT
@@ -67,7 +67,7 @@ place() { # file mode sha256 variable parts
     chmod "$2" "$part"
     mv "$part" "$run_dir/$1"
 }
-place config.yaml 600 01e0b3963610acfcb8473946e47b3f78304c1f1e928df65d324d49c97acb8f4d NEMOTRON_FILE_0 1
+place config.yaml 600 90a365ef19b9f14c9955cd259f895d613f82fed12503ffa3fe2c2cd837e08f2a NEMOTRON_FILE_0 1
 if [[ ! -e $run_dir/code ]]; then
     place code.tar.gz 600 0000000000000000000000000000000000000000000000000000000000000000 NEMOTRON_BUNDLE 1
     fresh=$run_dir/.code.node-$node

@@ -38,7 +38,7 @@ finish() {
     mv "$NEMOTRON_LOG_DIR/exit_code.node-$node.tmp" "$NEMOTRON_LOG_DIR/exit_code.node-$node"
     exec >&3
     for _ in {1..50}; do kill -0 "$copy" || break; sleep 0.1; done
-    echo "nemotron-exit a5cc3b14bbfec5f0 attempt=$attempt node=$node code=$code"
+    echo "nemotron-exit b9bb2c7760786a27 attempt=$attempt node=$node code=$code"
     exit "$code"
 }
 trap finish EXIT
@@ -67,7 +67,7 @@ place() { # file mode sha256 variable parts
     chmod "$2" "$part"
     mv "$part" "$run_dir/$1"
 }
-place config.yaml 600 9b3fde39cb54b96aba4d95d6be53ad34c95fbeeaeb675f2cb8443fe433edc384 NEMOTRON_FILE_0 1
+place config.yaml 600 a0196d72213e13086fa8c6bc0a67b997ed503c20fc0f2633a46cde0146d7b220 NEMOTRON_FILE_0 1
 if [[ ! -e $run_dir/code ]]; then
     place code.tar.gz 600 0000000000000000000000000000000000000000000000000000000000000000 NEMOTRON_BUNDLE 1
     fresh=$run_dir/.code.node-$node

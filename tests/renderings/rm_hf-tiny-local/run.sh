@@ -1,0 +1,144 @@
+#!/bin/bash
+# rm/hf -c tiny, run hf-tiny
+# What runs on this machine: the job's files, its environment, its command. The script can be kept and started by itself.
+# Strict: an error, an unset name or a failed part of a pipe ends it.
+set -Eeuo pipefail
+
+# Where we are. Nobody else may read the run's folder: a config may name what is private.
+run_dir=.nemotron/runs/hf-tiny
+umask_before=$(umask)
+umask 077
+mkdir -p "$run_dir"
+
+cat > "$run_dir/"config.yaml <<'END'
+output_dir: ./output/rl/rm-tiny
+rm:
+  max_num_epochs: 10
+  max_num_steps: 120
+  val_period: 40
+  val_batches: 0
+  val_global_batch_size: 40
+  val_micro_batch_size: 20
+  val_at_start: true
+  val_at_end: true
+  seed: 42
+policy:
+  model_name: null
+  architecture:
+    num_layers: 2
+    hidden_size: 128
+    num_attention_heads: 4
+    num_key_value_heads: 2
+    intermediate_size: 256
+    vocab_size: null
+    head_dim: null
+    rope_theta: 10000.0
+    rope_scaling: null
+    rms_norm_eps: 1.0e-06
+    tie_word_embeddings: true
+    qkv_bias: false
+    qk_norm: false
+    max_position_embeddings: 2048
+    initializer_range: 0.02
+  tokenizer:
+    name: bytes
+    chat_template: default
+    chat_template_kwargs: null
+  train_global_batch_size: 32
+  train_micro_batch_size: 32
+  logprob_batch_size: null
+  max_total_sequence_length: 64
+  make_sequence_length_divisible_by: 1
+  precision: float32
+  device: cpu
+  shared_prompt: true
+  generation: null
+  megatron_cfg:
+    enabled: true
+    env_vars: {}
+    tensor_model_parallel_size: 1
+    pipeline_model_parallel_size: 1
+    context_parallel_size: 1
+    expert_model_parallel_size: 1
+    expert_tensor_parallel_size: 1
+    sequence_parallel: true
+    pipeline_dtype: float32
+    num_layers_in_first_pipeline_stage: null
+    num_layers_in_last_pipeline_stage: null
+    activation_checkpointing: false
+    recompute_granularity: full
+    recompute_modules: null
+    optimizer:
+      optimizer: adam
+      lr: 0.0005
+      min_lr: 0
+      weight_decay: 0.01
+      adam_beta1: 0.9
+      adam_beta2: 0.98
+      adam_eps: 1.0e-08
+      clip_grad: 1.0
+      bf16: null
+      params_dtype: float32
+      use_distributed_optimizer: true
+    scheduler:
+      lr_decay_style: cosine
+      lr_decay_iters: null
+      lr_warmup_iters: 10
+      lr_warmup_init: 1.0e-08
+      lr_wsd_decay_style: exponential
+      lr_wsd_decay_iters: null
+      start_weight_decay: 0.01
+      end_weight_decay: 0.01
+      weight_decay_incr_style: constant
+    distributed_data_parallel_config:
+      grad_reduce_in_fp32: false
+      overlap_grad_reduce: true
+data:
+  train:
+    data_path: step://data/train.jsonl
+  validation:
+    data_path: step://data/validation.jsonl
+  default:
+    prompt_key: prompt
+    chosen_key: chosen
+    rejected_key: rejected
+  val_data_paths: {}
+  max_input_seq_length: 64
+  max_bad_rows: 0.01
+  shuffle: true
+checkpointing:
+  enabled: true
+  checkpoint_dir: ./output/rl/rm-tiny/checkpoints
+  pretrained_checkpoint:
+    path: ./output/rl/sft-tiny/checkpoints
+    format: auto
+  allow_config_change: false
+  metric_name: val:validation-default_loss
+  higher_is_better: false
+  keep_top_k: 1
+  save_period: 40
+  ft_save_period: null
+  ft_keep_latest_k: null
+  checkpoint_must_save_by: null
+  save_optimizer: true
+logger:
+  log_dir: ./output/rl/rm-tiny/logs
+  wandb_enabled: false
+  tensorboard_enabled: false
+  mlflow_enabled: false
+  num_val_samples_to_print: 0
+  wandb:
+    project: rm
+    name: rm
+  mlflow:
+    experiment_name: rm
+    run_name: rm
+cluster:
+  num_nodes: 1
+  gpus_per_node: 0
+  procs_per_node: 1
+END
+umask "$umask_before"
+
+# Launch.
+exec python3 -m nemotron_launch.trainer.spawn --procs 1 --output-dir output/rl/rm-tiny -- steps/rm/hf/train.py --config .nemotron/runs/hf-tiny/config.yaml
