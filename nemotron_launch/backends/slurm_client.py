@@ -389,13 +389,13 @@ def _whole(job_id: str, by_id: Mapping[str, Record]) -> Record | None:
 
 
 def _is_lost(done: Result) -> bool:
-    return done.code > 128 or done.code == 124 or bool(_LOST.search(done.stderr))
+    return 128 < done.code < 165 or done.code == 124 or bool(_LOST.search(done.stderr))
 
 
 def _said(done: Result) -> str:
     """What a command of Slurm complained of, without its own name."""
     lines = [re.sub(r"^\w+: (error: |fatal: )?", "", line).strip() for line in done.stderr.splitlines()]
-    return next((line for line in reversed(lines) if line), f"exit code {done.code}")
+    return next((line for line in reversed(lines) if line and not line.startswith("Try ")), f"exit code {done.code}")
 
 
 def _no_answer(command: str, done: Result) -> Unreachable:
@@ -407,7 +407,7 @@ def _no_answer(command: str, done: Result) -> Unreachable:
 def _refused(run: Run, done: Result) -> Refused:
     said = re.sub(r"^Batch job submission failed: ", "", _said(done))
     lines = dict.fromkeys(re.sub(r"^sbatch: (error: )?", "", line).strip() for line in done.stderr.splitlines())
-    more = [line for line in lines if line and said not in line]
+    more = [line for line in lines if line and said not in line and not line.startswith("Try ")]
     text = "\n".join([*more, said])
     key = next((key for pattern, key in _KEYS.items() if re.search(pattern, said)), "")
     key = key or next((key for pattern, key in _KEYS.items() if re.search(pattern, text)), "")

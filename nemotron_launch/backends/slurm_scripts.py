@@ -33,10 +33,10 @@ def submit(folder: str, script: str, options: Iterable[str], env: Mapping[str, s
     given = " ".join(f"{name}={sh(value)}" for name, value in env.items())
     where = [f"--clusters={cluster}"] if cluster else []
     return f"""\
-mkdir -p {sh(folder)} && cd {sh(folder)} || exit 1
 command -v sbatch > /dev/null 2>&1 || exit {NO_SLURM}
+mkdir -p {sh(folder)} && cd {sh(folder)} || exit 1
 exec 9>> .submit.lock
-flock -n 9 2> /dev/null || {{ command -v flock > /dev/null 2>&1 && exit {BUSY}; }}
+flock -n 9 2> /dev/null || {{ command -v flock > /dev/null 2>&1 && exit {BUSY}; }} || :
 {_CLEAN} {given} sbatch --parsable {sh_words([*where, *options])} {sh(script)} > .submitted
 code=$?
 [ "$code" -ne 0 ] || cat .submitted
@@ -154,7 +154,7 @@ done
 # Cancelled: told to the job's own handler too, which might be about to go on. stdin: a folder a line.
 CANCELLED = """\
 while IFS= read -r d; do
-    [ ! -d "$d" ] || : > "$d/cancelled"
+    [ ! -d "$d" ] || [ -e "$d/exit_code" ] || : > "$d/cancelled"
 done
 """
 

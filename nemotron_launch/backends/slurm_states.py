@@ -307,7 +307,8 @@ def judge(record: Record | None, folder: Folder, *, restarts_left: bool = False)
         return _seen("running", record, folder, reason)
     if record and record.state == "REVOKED" and folder.exit_code is None:
         return _seen("running", record, folder, "runs on another cluster of the federation")
-    if folder.cancelled or (record and record.state == "CANCELLED"):
+    own_end = folder.exit_code == 0 or (record and record.state in ("COMPLETED", "FAILED") and record.code != RESUME_ME)
+    if (folder.cancelled and not own_end) or (record and record.state == "CANCELLED" and folder.exit_code != 0):
         return _seen("cancelled", record, folder, _cancelled(record), exit_code=folder.exit_code)
     if (folder.wants_heir or (record and record.state in _FATE and folder.exit_code is None)) and restarts_left:
         why = folder.successor[3] if folder.wants_heir and folder.successor else ""
@@ -330,7 +331,7 @@ def _ended(record: Record, folder: Folder) -> Seen:
     code = folder.exit_code
     if code is None and record.state in ("COMPLETED", "FAILED"):
         code = 128 + record.signal if record.signal else record.code
-    if record.state == "COMPLETED" or (code is not None and record.state == "FAILED"):
+    if record.state == "COMPLETED" or code == 0 or (code is not None and record.state == "FAILED"):
         state, reason = _verdict(code or 0, folder.reason)
     elif code == RESUME_ME:
         state, reason = _verdict(code, folder.reason)

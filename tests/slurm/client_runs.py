@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -24,8 +25,9 @@ from tests.slurm.runs import new_run
 class Site:
     """A cluster with a client for it, its runs in folders of their own."""
 
-    def __init__(self, cluster: Cluster, folder: Path) -> None:
+    def __init__(self, cluster: Cluster, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.cluster = cluster
+        self.monkeypatch = monkeypatch
         self.folder = folder
         self.client = SlurmClient(Here(), patience=20, settle=1)
         self.runs: list[Run] = []
@@ -80,6 +82,17 @@ class Site:
     def end(self, run: Run, seconds: float = WAIT) -> Seen:
         return self.until(run, lambda seen: seen.state in OVER, seconds)
 
+    def fault(self, command: str, lines: str) -> None:
+        """Put lines of shell in the way of a command of Slurm: `real "$@"` is the command, $calls counts from 1."""
+        (self.folder / "bin").mkdir(exist_ok=True)
+        script = self.folder / "bin" / command
+        script.write_text(
+            f"#!/bin/bash\ncalls=$(($(cat {script}.calls 2> /dev/null) + 1))\necho $calls > {script}.calls\n"
+            f'real() {{ {shutil.which(command, path=self.cluster.env["PATH"])} "$@"; }}\n{lines}\n'
+        )
+        script.chmod(0o755)
+        self.monkeypatch.setenv("PATH", f"{script.parent}:{os.environ['PATH']}")
+
     def jobs(self, run: Run) -> list[str]:
         """Every job that the controller knows under this run's name."""
         return self.cluster.run(
@@ -94,7 +107,7 @@ class Site:
 @contextlib.contextmanager
 def site_of(cluster: Cluster, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
     monkeypatch.setenv("SLURM_CONF", str(cluster.conf))
-    site = Site(cluster, folder)
+    site = Site(cluster, folder, monkeypatch)
     try:
         yield site
     finally:
