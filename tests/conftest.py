@@ -20,6 +20,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What the launcher keeps between commands stays with the tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("NEMOTRON_STATE_DIR", str(tmp_path_factory.mktemp("state")))
         yield
 
 

@@ -122,11 +122,9 @@ def _check_secrets(job: Job) -> None:
 def place_files(job: Job, files: Sequence[File]) -> None:
     """Write files into the job's folder, readable by nobody else: a config may name what is private."""
     run_dir = Path(job.run_dir)
-    home = run_dir.parent.parent
     try:
         run_dir.mkdir(parents=True, mode=0o700)
-        if home.name == ".nemotron" and not (home / ".gitignore").exists():
-            (home / ".gitignore").write_text("*\n")
+        keep_from_git(run_dir)
         for file in files:
             path = run_dir / file.path
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -135,6 +133,14 @@ def place_files(job: Job, files: Sequence[File]) -> None:
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise UserError(f"cannot be written: {reason}", where=display(Path(error.filename or run_dir))) from None
+
+
+def keep_from_git(run_dir: Path) -> None:
+    """Runs in a checkout's own folder for them are no part of it."""
+    for home in run_dir.parents[:3]:  # of a run, or of a point of a sweep
+        if home.name == ".nemotron" and not (home / ".gitignore").exists():
+            home.mkdir(parents=True, exist_ok=True)
+            (home / ".gitignore").write_text("*\n")
 
 
 class _Held:

@@ -53,6 +53,11 @@ def _candidates(what: str, ctx: click.Context) -> dict[str, str]:
         from nemotron_launch.profiles import list_profiles
 
         return {entry.name: entry.description for entry in list_profiles(profiles_path=ctx.params.get("profiles"))}
+    if what == "run":
+        from nemotron_launch.jobs.ledger import Ledger
+
+        with Ledger() as ledger:
+            return dict.fromkeys(ledger.names(), "")
     known = load_steps()
     if what == "step":
         return {step.id: step.summary for step in known}
@@ -158,6 +163,13 @@ PROFILES = click.option(
 )
 @click.option("--zip", "pairs", is_flag=True, help="Pair the values of several --sweep instead.")
 @click.option("--max-parallel", type=click.IntRange(min=1), metavar="N", help="Run at most N points at a time.")
+@click.option(
+    "--after", multiple=True, metavar="RUN", shell_complete=complete("run"), help="Start when this run has finished."
+)
+@click.option(
+    "--on-interrupt", type=click.Choice(["detach", "cancel"]), help="What Ctrl-C does with -r (default: it asks)."
+)
+@click.option("--json", "as_json", is_flag=True, help="With -b: print the run as JSON.")
 @click.option("--force-squash", is_flag=True, help="Import the container image anew (Slurm).")
 @click.pass_context
 def run(
@@ -174,6 +186,9 @@ def run(
     axes: tuple[str, ...],
     pairs: bool,
     max_parallel: int | None,
+    after: tuple[str, ...],
+    on_interrupt: str | None,
+    as_json: bool,
     force_squash: bool,
 ) -> None:
     """Run a step, on this machine or where a profile says.
@@ -198,6 +213,7 @@ def run(
     passthrough = (*words, *ctx.meta["nemotron.passthrough"])
     if attached is not None and detached is not None:
         raise UserError("-r and -b exclude each other", hint="-r runs and follows, -b submits and returns")
+    _check_options(attached, detached, dry_run, after, on_interrupt, as_json)
     if output is not None and not dry_run:
         raise UserError("--output goes with -d: it is the form of a dry run")
     if output is not None and output not in ("json", "yaml", "script") and output.removeprefix("dir=") in (output, ""):
@@ -214,14 +230,33 @@ def run(
         ctx.exit(run_sweep(step, path, asked, overrides, profile, passthrough, attached=detached is None))
     if dry_run:
         _dry_run(step, path, overrides, profile, passthrough, detached is None, run_id, output)
-    elif profile is not None and profile.executor != "local":
-        _refuse_to_submit(profile)
-    elif profile is not None and detached is not None:
-        raise UserError(f"profile {profile.name} runs on this machine, in the foreground", hint="use -r, not -b")
+    elif profile is not None and profile.executor == "lepton":
+        _refuse_to_submit()
+    elif profile is not None and (detached is not None or profile.executor != "local"):
+        from nemotron_launch.cli import submit
+
+        how = submit.Asked(detached is None, after, on_interrupt, as_json)
+        ctx.exit(submit.submit_run(step, path, overrides, passthrough, profile, how, run_id=run_id))
     else:
         from nemotron_launch.backends.local import run_stages
 
         ctx.exit(run_stages(step, path, overrides, passthrough, profile, run_id=run_id))
+
+
+def _check_options(
+    attached: str | None,
+    detached: str | None,
+    dry_run: bool,
+    after: tuple[str, ...],
+    on_interrupt: str | None,
+    as_json: bool,
+) -> None:
+    if as_json and (detached is None or dry_run):
+        raise UserError("--json goes with -b: it prints the run that was submitted")
+    if on_interrupt and attached is None:
+        raise UserError("--on-interrupt goes with -r: it says what Ctrl-C does")
+    if after and attached is None and detached is None:
+        raise UserError("--after goes with -b or -r: a run that is submitted can wait for another one")
 
 
 def _load_profile(name: str | None, profiles: Path | None, force_squash: bool) -> Profile | None:
@@ -270,12 +305,10 @@ def _print_composed(job: Job, data: dict[str, Any]) -> None:
     click.echo("".join(f"# {line}\n" for part in head for line in part.splitlines()) + dump(data), nl=False)
 
 
-def _refuse_to_submit(profile: Profile) -> NoReturn:
-    where = "Slurm" if profile.executor == "slurm" else "Lepton"
-    submit = "then sbatch by hand" if profile.executor == "slurm" else "then create the job by hand"
+def _refuse_to_submit() -> NoReturn:
     raise UserError(
-        f"this version compiles and renders for {where} and does not submit",
-        hint=f"-d shows the job; -d --output dir=PATH writes all its files, {submit}",
+        "this version compiles and renders for Lepton and does not submit",
+        hint="-d shows the job; -d --output dir=PATH writes all its files, then create the job by hand",
     )
 
 

@@ -21,11 +21,11 @@ def print_steps(steps: Sequence[Step]) -> None:
         click.echo("no step matches", err=True)
         return
     rows = [(step.id, step.category, _types(step.consumes), _types(step.produces), step.summary) for step in steps]
-    _print_table(("ID", "CATEGORY", "CONSUMES", "PRODUCES", "DESCRIPTION"), rows)
+    print_table(("ID", "CATEGORY", "CONSUMES", "PRODUCES", "DESCRIPTION"), rows)
 
 
 def print_step(step: Step) -> None:
-    _print_facts(
+    print_facts(
         [
             ("id", step.id),
             ("name", step.name),
@@ -39,20 +39,20 @@ def print_step(step: Step) -> None:
             ("folder", str(step.folder)),
         ]
     )
-    _print_section("description", step.description.strip().splitlines())
-    _print_section("consumes", map(_port, step.consumes))
-    _print_section("produces", map(_port, step.produces))
-    _print_section("parameters", (line for parameter in step.parameters for line in _parameter(parameter)))
-    _print_section("strategies", (line for s in step.strategies for line in (f"when  {s.when}", f"then  {s.then}", "")))
-    _print_section(
+    print_section("description", step.description.strip().splitlines())
+    print_section("consumes", map(_port, step.consumes))
+    print_section("produces", map(_port, step.produces))
+    print_section("parameters", (line for parameter in step.parameters for line in _parameter(parameter)))
+    print_section("strategies", (line for s in step.strategies for line in (f"when  {s.when}", f"then  {s.then}", "")))
+    print_section(
         "errors", (line for e in step.errors for line in (e.name, f"    {e.meaning}", f"    recovery: {e.recovery}"))
     )
-    _print_section("reference", (f"{title}: {address}" for title, address in step.reference.items()))
+    print_section("reference", (f"{title}: {address}" for title, address in step.reference.items()))
 
 
 def print_profiles(entries: Sequence[ProfileEntry]) -> None:
     rows = [(one.name, one.executor or "?", display(one.file), one.problem or one.description) for one in entries]
-    _print_table(("NAME", "EXECUTOR", "FILE", "DESCRIPTION"), rows)
+    print_table(("NAME", "EXECUTOR", "FILE", "DESCRIPTION"), rows)
 
 
 def print_yaml(text: str) -> None:
@@ -90,7 +90,7 @@ def _count(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 
-def _print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     if sys.stdout.isatty():
         from rich.box import SIMPLE_HEAD
         from rich.console import Console
@@ -107,13 +107,13 @@ def _print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         click.echo("  ".join([*cells, row[-1]]).rstrip())
 
 
-def _print_facts(facts: Sequence[tuple[str, str]]) -> None:
+def print_facts(facts: Sequence[tuple[str, str]]) -> None:
     for name, value in facts:
         if value:
             click.echo(f"{click.style(name, bold=True)}{' ' * (15 - len(name))}{value}")
 
 
-def _print_section(title: str, lines: Iterable[str]) -> None:
+def print_section(title: str, lines: Iterable[str]) -> None:
     text = "\n".join(lines).rstrip("\n")
     if text:
         click.echo()

@@ -24,7 +24,8 @@ class Run:
     of claim, logs/attempt-N and exit_code: run_dir, or run_dir/point-N for a point of a sweep. secrets: name → source
     of each, so that a resubmission can write them again. sweep, point: the run that this one is a point of, and its
     number. job_id: Slurm's (with its cluster behind it in `cluster`), Lepton's, or the supervisor's process id here.
-    attempt: restarts seen so far. reason: why it waits, or how it ended, in the executor's words or ours.
+    checkpoints: the folder of its step_N folders, if it makes any. attempt: restarts seen so far. reason: why it waits,
+    or how it ended, in the executor's words or ours.
     """
 
     run_id: str
@@ -44,6 +45,7 @@ class Run:
     secrets: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
     overrides: tuple[str, ...] = ()
+    checkpoints: str = ""
     max_restarts: int = 0
     sweep: str = ""
     point: int | None = None

@@ -1,0 +1,166 @@
+"""How runs look: tables on a terminal, the same as plain text in a pipe, everything as JSON."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import click
+
+from nemotron_launch.cli.tables import print_facts, print_section, print_table
+from nemotron_launch.jobs.run import OVER, Run
+from nemotron_launch.jobs.run_folder import Progress
+from nemotron_launch.jobs.status import Known
+
+_COLOURS = {
+    "finished": "green",
+    "failed": "red",
+    "lost": "red",
+    "refused": "red",
+    "running": "cyan",
+    "stopped": "yellow",
+}
+_RESUMABLE = ("failed", "cancelled", "stopped", "lost", "refused")
+_HIDDEN = ("submitter", "options", "contact")
+
+
+def print_list(found: Sequence[Known]) -> None:
+    if not found:
+        click.echo("no run matches", err=True)
+        return
+    rows = []
+    for run in (one.run for one in found):
+        began = run.submitted or run.created
+        what = f"{run.step.rpartition('/')[2]} -c {run.config}"
+        rows.append((run.run_id, run.state, _ago(began), _lasted(run), run.profile or "-", run.job_id or "-", what))
+    print_table(("RUN", "STATE", "SUBMITTED", "TOOK", "PROFILE", "JOB", "STEP"), rows)
+
+
+def print_run(known: Known, progress: Progress | None) -> None:
+    """All that is known of one run."""
+    run, seen = known.run, known.seen
+    where = {"local": f"this machine ({run.host}), process {run.job_id}"}.get(
+        run.executor, f"{run.executor}{f' on {run.host}' if run.host else ''}, job {run.job_id or 'none yet'}"
+    )
+    facts = [
+        ("run", run.run_id),
+        ("step", " ".join([run.step, "-c", run.config, *run.overrides])),
+        ("state", state_line(run)),
+        ("why", run.reason),
+        ("starts", f"expected {_when(seen.expected_start)}" if seen and seen.expected_start else ""),
+        ("where", where),
+        ("nodes", " ".join(seen.nodes) if seen else ""),
+        ("profile", run.profile),
+        ("after", " ".join(run.after)),
+        ("submitted", _when(run.submitted)),
+        ("started", _when(run.started)),
+        ("ended", _when(run.ended)),
+        ("folder", run.state_dir),
+        ("output", run.output_dir),
+    ]
+    if progress:
+        facts.append(("progress", progress_line(progress)))
+        if progress.checkpoint is not None:
+            facts.append(("checkpoint", f"{run.checkpoints}/step_{progress.checkpoint}"))
+    print_facts(facts)
+    if progress and progress.attempts:
+        print_section("attempts", (_attempt(run, progress, n) for n in range(len(progress.attempts))))
+    if run.state in _RESUMABLE:
+        click.echo(f"\nto go on:  nemotron jobs resubmit {run.run_id}")
+
+
+def print_points(found: Sequence[Known], progress: Mapping[str, Progress]) -> None:
+    """A sweep: a row a point."""
+    rows = []
+    for run in (one.run for one in found):
+        far = progress.get(run.run_id)
+        step = "-" if far is None or far.step is None else str(far.step)
+        loss = "-" if far is None else _number(far.metrics.get("train/loss"))
+        code = "-" if run.exit_code is None else str(run.exit_code)
+        rows.append((str(run.point), run.state, code, step, loss, _lasted(run), " ".join(run.overrides)))
+    print_table(("POINT", "STATE", "EXIT", "STEP", "LOSS", "TOOK", "OVERRIDES"), rows)
+    counts: dict[str, int] = {}
+    for one in found:
+        counts[one.run.state] = counts.get(one.run.state, 0) + 1
+    click.echo(", ".join(f"{count} {state}" for state, count in counts.items()), err=True)
+
+
+def as_data(known: Known, progress: Progress | None = None) -> dict[str, Any]:
+    """A run for `--json`: its row, what was seen, how far it is."""
+    run, seen = known.run, known.seen
+    data: dict[str, Any] = {key: value for key, value in vars(run).items() if key not in _HIDDEN}
+    data["secrets"] = sorted(run.secrets)
+    if seen:
+        data |= {"nodes_at_work": list(seen.nodes), "expected_start": seen.expected_start}
+    if progress:
+        data |= {"metrics": dict(progress.metrics), "last_checkpoint": progress.checkpoint}
+        data["attempts"] = [{**vars(attempt), "nodes": dict(attempt.nodes)} for attempt in progress.attempts]
+    return data
+
+
+def state_line(run: Run) -> str:
+    """Its state with what belongs to it: the exit code, the restarts, for how long."""
+    text = click.style(run.state, fg=_COLOURS.get(run.state), bold=True)
+    if run.exit_code is not None:
+        text += f", exit code {run.exit_code}"
+    if run.attempt:
+        text += f", restarted {run.attempt} {'time' if run.attempt == 1 else 'times'}"
+    since = run.started if run.state == "running" else run.submitted if run.state == "pending" else None
+    return text + (f", for {_span(time.time() - since)}" if since else "")
+
+
+def progress_line(progress: Progress) -> str:
+    """Step, epoch and loss of the last line of metrics, and how old it is."""
+    metrics = progress.metrics
+    if progress.step is None:
+        return ""
+    parts = [f"step {progress.step}"]
+    if "epoch" in metrics:
+        parts.append(f"epoch {metrics['epoch']}")
+    for key in ("train/loss", "train/reward"):
+        if isinstance(metrics.get(key), (int, float)):
+            parts.append(f"{key} {_number(metrics[key])}")
+    if isinstance(metrics.get("time"), (int, float)):
+        parts.append(_ago(metrics["time"]))
+    return ", ".join(parts)
+
+
+def _attempt(run: Run, progress: Progress, n: int) -> str:
+    attempt = progress.attempts[n]
+    last = n + 1 == len(progress.attempts)
+    end = "killed" if not last or run.state in OVER else "at work"
+    if attempt.exit_code is not None:
+        end = f"exit code {attempt.exit_code}"
+    bad = [f"{name} {code}" for name, code in attempt.nodes.items() if code]
+    nodes = f" ({', '.join(bad)})" if bad and len(attempt.nodes) > 1 else ""
+    return f"{attempt.number}  {end}{nodes}  {run.state_dir}/logs/attempt-{attempt.number}"
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, (int, float)) and not isinstance(value, bool) else "-"
+
+
+def _when(moment: float | None) -> str:
+    return time.strftime("%F %T", time.localtime(moment)) if moment else ""
+
+
+def _ago(moment: float | None) -> str:
+    return "-" if moment is None else f"{_span(time.time() - moment)} ago"
+
+
+def _lasted(run: Run) -> str:
+    if run.started is None:
+        return "-"
+    return _span((run.ended or time.time()) - run.started)
+
+
+def _span(seconds: float) -> str:
+    """90 → 1m30s: two units at most."""
+    left = max(0, int(seconds))
+    parts: list[str] = []
+    for unit, size in (("d", 86400), ("h", 3600), ("m", 60), ("s", 1)):
+        count, left = divmod(left, size)
+        if count or (unit == "s" and not parts):
+            parts.append(f"{count}{unit}")
+    return "".join(parts[:2])

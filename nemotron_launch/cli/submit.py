@@ -1,0 +1,152 @@
+"""What `steps run -r|-b` does once it knows what to run: compile, submit, say so; with -r follow to the end."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from nemotron_launch.catalog import Step, require_trains
+from nemotron_launch.frozen import frozen, replace
+from nemotron_launch.hosts import Unreachable, Upload
+from nemotron_launch.jobs.ledger import Ledger
+from nemotron_launch.jobs.run import Run
+from nemotron_launch.jobs.settle import Backends, settle
+from nemotron_launch.jobs.status import refresh
+from nemotron_launch.jobs.submission import new_run, submit, uploads
+
+if TYPE_CHECKING:
+    from nemotron_launch.profiles import Profile
+
+
+@frozen
+class Asked:
+    """How a run is submitted. attached: -r, not -b. after: names of runs that must finish first."""
+
+    attached: bool
+    after: tuple[str, ...] = ()
+    on_interrupt: str | None = None
+    as_json: bool = False
+
+
+def submit_run(
+    step: Step,
+    config: Path,
+    overrides: Sequence[str],
+    passthrough: Sequence[str],
+    profile: Profile,
+    asked: Asked,
+    *,
+    run_id: str | None = None,
+) -> int:
+    """Submit a step to where the profile says; the exit code of the command, attached that of the run."""
+    require_trains(step)
+    with Ledger() as ledger, Backends() as backends:
+        settle(ledger, backends, warn)
+        named = [run for name in asked.after for run in ledger.find(name)]
+        before = [known.run for known in refresh(ledger, backends, named, warn)]
+        if profile.executor == "local":
+            planned = _staged(step, config, overrides, passthrough, profile, run_id)
+        else:
+            planned = [_compiled(step, config, overrides, passthrough, profile, run_id, asked.attached)]
+        rows: list[Run] = []
+        for run, files in planned:
+            rows = _submit(ledger, backends, replace(run, after=tuple(one.run_id for one in before)), files, before)
+            before = rows
+            if not asked.as_json:
+                say_submitted(rows, asked.attached)
+        if asked.as_json:
+            click.echo(json.dumps(as_data(rows), indent=2))
+        if not asked.attached:
+            return 0
+        from nemotron_launch.cli.following import follow_to_end
+
+        return follow_to_end(ledger, backends, rows, on_interrupt=asked.on_interrupt)
+
+
+def _submit(
+    ledger: Ledger, backends: Backends, run: Run, files: Sequence[Upload], after: Sequence[Run], **more: Any
+) -> list[Run]:
+    try:
+        return submit(ledger, run, files, after=after, backend=backends.of(run), **more)
+    except Unreachable as error:
+        hint = f"it may have arrived; this finds out:  nemotron jobs status {run.run_id}"
+        hint = "\n".join(filter(None, [error.hint, hint]))
+        raise Unreachable(error.message, where=error.where, hint=hint, exit_code=error.exit_code) from None
+
+
+def _compiled(
+    step: Step,
+    config: Path,
+    overrides: Sequence[str],
+    passthrough: Sequence[str],
+    profile: Profile,
+    run_id: str | None,
+    attached: bool,
+) -> tuple[Run, list[Upload]]:
+    from nemotron_launch.compiler import compile_job
+    from nemotron_launch.plan import compose_for, new_run_id
+
+    if run_id is None:
+        run_id = new_run_id(step, compose_for(step, config, overrides, profile))
+    compiled = compile_job(step, config, overrides, profile, passthrough, run_id=run_id, attached=attached)
+    for warning in compiled.warnings:
+        warn(warning)
+    return new_run(compiled.job, overrides), uploads(compiled.job, compiled.rendered)
+
+
+def _staged(
+    step: Step,
+    config: Path,
+    overrides: Sequence[str],
+    passthrough: Sequence[str],
+    profile: Profile,
+    run_id: str | None,
+) -> list[tuple[Run, list[Upload]]]:
+    """On this machine: a run for each step that makes what is missing, then the step itself, one after another."""
+    from nemotron_launch.backends.local import check_machine
+    from nemotron_launch.inputs import stages
+    from nemotron_launch.plan import compose_for
+    from nemotron_launch.render import render
+
+    planned = stages(step, compose_for(step, config, overrides, profile), profile, passthrough, run_id=run_id)
+    for stage in planned:
+        check_machine(stage.job)
+    found = []
+    for stage in planned:
+        if stage.why:
+            click.echo(f"nemotron: {stage.why}", err=True)
+        files = uploads(stage.job, render(stage.job))
+        found.append((new_run(stage.job, () if stage.why else overrides), files))
+    return found
+
+
+def say_submitted(rows: Sequence[Run], attached: bool) -> None:
+    """Run id, job id, folder, and the commands that come next. On stderr when the log follows."""
+    run, name = rows[0], rows[0].sweep or rows[0].run_id
+    job = run.job_id.partition("_")[0] if run.sweep else run.job_id
+    what = f"{len(rows)} points" if run.sweep else f"{run.step} -c {run.config}"
+    where = {"local": "in the background here, process"}.get(run.executor, f"on {run.host or 'this cluster'}, job")
+    lines = [f"{click.style(name, bold=True)}: {what}, {where} {job}", f"  folder  {run.run_dir}"]
+    if not attached:
+        lines += [f"  log     nemotron jobs logs {name} -f", f"  state   nemotron jobs status {name}"]
+        lines += [f"  end it  nemotron jobs cancel {name}"]
+    click.echo("\n".join(lines), err=attached)
+
+
+def as_data(rows: Sequence[Run]) -> Any:
+    """What `--json` prints of runs that were just submitted."""
+    data = [
+        {"run_id": run.run_id, "job_id": run.job_id, "state": run.state, "run_dir": run.run_dir, "host": run.host}
+        for run in rows
+    ]
+    return data if rows[0].sweep else data[0]
+
+
+def warn(text: str) -> None:
+    sys.stdout.flush()
+    click.echo(f"warning: {text}", err=True)

@@ -1,0 +1,129 @@
+"""How runs are now: asked of their executors, one call for all that share one, and written into the ledger."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from nemotron_launch.backends.live import Backend, Seen
+from nemotron_launch.errors import UserError
+from nemotron_launch.frozen import frozen
+from nemotron_launch.hosts import Unreachable
+from nemotron_launch.jobs.ledger import Ledger
+from nemotron_launch.jobs.run import LIVE, OVER, Run, State
+from nemotron_launch.jobs.run_folder import Progress, progress
+from nemotron_launch.jobs.settle import Backends, Warn, only_one
+from nemotron_launch.trainer.exit_codes import RESUME_ME
+
+CANCELLED = 130  # exit code of a command that waited for a run that was cancelled
+_MOVING: frozenset[State] = LIVE - {"submitting"}
+_KEPT = ("state", "reason", "exit_code", "attempt", "started", "ended")
+
+
+@frozen
+class Known:
+    """A run and what was just seen of it; None of one that is over, or whose executor is out of reach."""
+
+    run: Run
+    seen: Seen | None = None
+
+
+def listed(
+    ledger: Ledger,
+    backends: Backends,
+    warn: Warn,
+    *,
+    states: Sequence[str] = (),
+    step: str | None = None,
+    profile: str | None = None,
+    limit: int | None = None,
+) -> list[Known]:
+    """Runs as `jobs list` shows them, asked after; filters hold for what they are now. UserError: no such state."""
+    unknown = next((state for state in states if state not in LIVE | OVER), None)
+    if unknown is not None:
+        raise UserError(f"{unknown!r} is no state", where="--state", hint=", ".join(sorted(LIVE | OVER)))
+
+    def wanted(run: Run) -> bool:
+        same_step = step is None or run.step == step or run.step.endswith(f"/{step}")
+        return same_step and (profile is None or run.profile == profile)
+
+    refresh(ledger, backends, ledger.runs(states=_MOVING, where=wanted), warn)
+    chosen: Any = set(states)
+    return [Known(run) for run in ledger.runs(states=chosen, limit=limit, where=wanted)]
+
+
+def exit_code(runs: Sequence[Run]) -> int:
+    """Of a command that waited for runs: 0 when all finished, else that of the first that did not.
+
+    It is the run's own where there is one: 85 saved and stopped, 128 + n ended by signal n; 130 cancelled; 1 otherwise.
+    """
+    for run in runs:
+        if run.state == "cancelled":
+            return CANCELLED
+        if run.state == "stopped":
+            return run.exit_code or RESUME_ME
+        if run.state != "finished":
+            return run.exit_code or 1
+    return 0
+
+
+def refresh(ledger: Ledger, backends: Backends, runs: Sequence[Run], warn: Warn) -> list[Known]:
+    """Ask after those of the runs that are not over, write what has changed; all of them, in their order."""
+    known = {run.run_id: Known(run) for run in runs}
+    for group in backends.groups(run for run in runs if run.state in _MOVING):
+        try:
+            backend = backends.of(group[0])
+            for one in look(ledger, backend, group):
+                known[one.run.run_id] = one
+        except Unreachable as error:
+            warn(f"{error.message}: what is shown of {_these(group)} may have changed")
+        except UserError as error:
+            warn(str(error).removeprefix("error: "))
+    return list(known.values())
+
+
+def progress_of(backends: Backends, runs: Sequence[Run], warn: Warn) -> dict[str, Progress]:
+    """How far runs have come, by run id, those of a host in one call; without those that cannot be reached."""
+    found: dict[str, Progress] = {}
+    for group in backends.groups(run for run in runs if run.state != "submitting"):
+        try:
+            found |= progress(backends.of(group[0]).host, group)
+        except UserError as error:
+            warn(f"{error.message}: how far {_these(group)} came is not known")
+    return found
+
+
+def look(ledger: Ledger, backend: Backend, runs: Sequence[Run]) -> list[Known]:
+    """Poll runs of one backend, let those go on that want a successor, and write down what has changed."""
+    seen = backend.poll(runs)
+    for run in runs:
+        one = seen.get(run.run_id)
+        if one and one.wants_successor:
+            with only_one(ledger, f"successor {run.run_id}") as ours:
+                if ours:
+                    made = backend.submit_successor(run)
+                    ledger.change(run, job_id=made.job_id, cluster=made.cluster, attempt=one.attempt)
+    changes = [(run, _changes(run, seen.get(run.run_id))) for run in runs]
+    written = ledger.change_all([(run, values) for run, values in changes if values])
+    new = {run.run_id: run for run in written if run}
+    found = []
+    for run, values in changes:
+        now = new.get(run.run_id) or (run if not values else ledger.get(run.run_id) or run)
+        found.append(Known(now, seen.get(run.run_id)))
+    return found
+
+
+def _changes(run: Run, seen: Seen | None) -> dict[str, Any]:
+    if seen is None:
+        return {}
+    values = {name: getattr(seen, name) for name in _KEPT}
+    if seen.job_id:
+        values["job_id"] = seen.job_id
+    for name in ("started", "ended", "exit_code"):  # an executor that has forgotten them does not unsay them
+        if values[name] is None:
+            del values[name]
+    return {name: value for name, value in values.items() if getattr(run, name) != value}
+
+
+def _these(runs: Sequence[Run]) -> str:
+    return runs[0].run_id if len(runs) == 1 else f"{len(runs)} runs"
