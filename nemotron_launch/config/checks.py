@@ -26,7 +26,11 @@ __all__ = ["Problem", "check", "data_parallel_size", "model_parallel_size", "pro
 # Public datasets that are downloaded by their name alone.
 NAMED_DATASETS = ("HelpSteer3", "Tulu3Preference")
 # The section of a step that holds its loop, and what its batches count.
-LOOPS = {"rl/nemo_rl/dpo": ("dpo", "pairs"), "sft/megatron": ("sft", "conversations")}
+LOOPS = {
+    "rl/nemo_rl/dpo": ("dpo", "pairs"),
+    "sft/megatron": ("sft", "conversations"),
+    "rm/hf": ("rm", "pairs"),
+}
 ROLLOUTS = ("rl/nemo_rl/rlvr", "rl/nemo_rl/rlhf")
 
 
@@ -44,6 +48,7 @@ def check(step_id: str, data: dict[str, Any]) -> list[Problem]:
     loop, unit = LOOPS[step_id]
     return [
         *_loop(data, loop),
+        *(_data_parallel_only(data) if loop == "rm" else ()),
         *check_policy(data, loop),
         *check_batch(data, "policy", "train", unit),
         *check_batch(data, loop, "val", unit),
@@ -62,6 +67,24 @@ def _loop(data: dict[str, Any], loop: str) -> Iterator[Problem]:
             "is 0, and so is dpo.sft_loss_weight: there is nothing to learn from",
             "set one of them, for example dpo.preference_loss_weight=1",
         )
+    if data["logger"].get("num_val_samples_to_print"):
+        yield Problem(
+            "logger.num_val_samples_to_print",
+            "this step's validation prints no answers",
+            f"set it to 0; {loop}.val_generation says how often generated answers are right",
+        )
+
+
+def _data_parallel_only(data: dict[str, Any]) -> Iterator[Problem]:
+    """A reward model is computed by transformers, whole in every process."""
+    for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
+        size = data["policy"]["megatron_cfg"][name]
+        if size != 1:
+            yield Problem(
+                f"policy.megatron_cfg.{name}",
+                f"{size}, but a reward model is trained data-parallel only",
+                "set it to 1; policy.megatron_cfg.activation_checkpointing=true saves memory",
+            )
 
 
 def _section(data: dict[str, Any], name: str) -> dict[str, Any] | None:

@@ -96,11 +96,14 @@ class Policy:
         loss: LossFunction,
         metric_names: Sequence[str],
         sampling: Sampling | None = None,
+        *,
+        tick: bool = True,
     ) -> dict[str, float]:
         """One optimizer step over this rank's micro-batches; metrics summed over micro-batches and data parallelism.
 
         sampling: as in `logps`. Where it filters, the loss is given [2, N, R]: the log-probabilities in the filtered
         distribution, and those in the whole one, of which a KL to the reference must be taken (as NeMo-RL does).
+        tick: whether the schedule moves on; as in NeMo-RL it does once for all updates on the same rollouts.
         Adds grad_norm (before clipping), lr and wd. Does not judge whether they are finite.
         """
         self.model.zero_grad_buffer()
@@ -114,7 +117,8 @@ class Policy:
             metrics["grad_norm"] = float(grad_norm) if grad_norm is not None else 0.0
         else:
             metrics["grad_norm"] = math.nan
-        self.scheduler.step(1)
+        if tick:
+            self.scheduler.step(1)
         return metrics
 
     def evaluate(self, batches: Sequence[Batch], loss: LossFunction, metric_names: Sequence[str]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""The frozen reference policy of DPO: its log-probabilities kept, its weights resident, or offloaded.
+"""The frozen reference policy of DPO and GRPO: its log-probabilities kept, its weights resident, or offloaded.
 
 Every kind starts from the run's warm start. Legend: M pairs, N = 2·M sequences.
 """
@@ -11,7 +11,7 @@ import logging
 import os
 import time
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -28,6 +28,7 @@ from nemotron_launch.trainer.loop import LoopConfig, visiting_order
 from nemotron_launch.trainer.losses import sequence_logps
 from nemotron_launch.trainer.megatron import parallel
 from nemotron_launch.trainer.policy import Policy
+from nemotron_launch.trainer.rollouts import Sampling
 from nemotron_launch.trainer.setup import Session, new_policy
 from nemotron_launch.trainer.validation import padded, shares
 from nemotron_launch.trainer.warm_start import WarmStart
@@ -39,7 +40,12 @@ log = logging.getLogger(__name__)
 # Between two looks for a wish to stop, while the reference is computed.
 MICRO_BATCHES = 16
 SECONDS_BETWEEN_WRITES = 60.0
-Score = Callable[[Sequence[Batch]], list[Tensor]]
+
+
+class Score(Protocol):
+    """Log-probabilities of micro-batches, as `Policy.logps` computes them."""
+
+    def __call__(self, batches: Sequence[Batch], sampling: Sampling | None = None) -> list[Tensor]: ...
 
 
 class Reference(Protocol):
@@ -96,20 +102,32 @@ def open_reference(
 ) -> Reference:
     """The reference as `dpo.reference` says. `policy` must still hold the warm start's weights."""
     kind = session.config["dpo"]["reference"]
+    if kind != "stored":
+        return OnlineReference(frozen_logps(session, policy, start, kind=kind))
+    generates = task.check is not None
+    weights = policy.weights() if generates else {}
+    sums = _stored_sums(session, policy, start, task, loop)
+    return StoredReference(sums, _swapped(policy, weights), policy.layout.device)
+
+
+def frozen_logps(session: Session, policy: Policy, start: WarmStart, *, kind: str) -> Score:
+    """Log-probabilities under the warm start's weights, which `policy` must still hold.
+
+    kind: "resident" keeps a second model on the device, "offloaded" its weights in host memory, swapped in to score.
+    """
     if kind == "resident":
         frozen = new_policy(session)
         warm_start.load(frozen, start)
-        return OnlineReference(frozen.logps)
-    generates = task.check is not None
-    weights = policy.weights() if kind == "offloaded" or generates else {}
+        return frozen.logps
+    return _swapped(policy, policy.weights())
 
-    def score(batches: Sequence[Batch]) -> list[Tensor]:
+
+def _swapped(policy: Policy, weights: Mapping[str, Tensor]) -> Score:
+    def score(batches: Sequence[Batch], sampling: Sampling | None = None) -> list[Tensor]:
         with policy.other_weights(weights):
-            return policy.logps(batches)
+            return policy.logps(batches, sampling)
 
-    if kind == "offloaded":
-        return OnlineReference(score)
-    return StoredReference(_stored_sums(session, policy, start, task, loop), score, policy.layout.device)
+    return score
 
 
 def _stored_sums(

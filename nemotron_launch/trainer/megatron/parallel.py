@@ -6,6 +6,7 @@ import os
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,9 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # megatron-core warns of every optional package that is missing
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -121,6 +125,16 @@ def max_over_data(values: Tensor) -> Tensor:
     if parallel_state.get_data_parallel_world_size() > 1:
         dist.all_reduce(values, op=dist.ReduceOp.MAX, group=parallel_state.get_data_parallel_group())
     return values
+
+
+def gather_over_data(value: T) -> list[T]:
+    """The values of all data-parallel ranks, in their order (they are pickled)."""
+    size = parallel_state.get_data_parallel_world_size()
+    if size == 1:
+        return [value]
+    everyone: list[Any] = [None] * size
+    dist.all_gather_object(everyone, value, group=parallel_state.get_data_parallel_group())
+    return everyone
 
 
 def from_last_stage(values: Tensor) -> Tensor:
