@@ -15,7 +15,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,15 @@ ALIAS = "cluster"  # the server's name in the clients' config
 
 
 class Sshd:
-    """The server, and what its clients need. env: what its sessions find in their environment."""
+    """The server, and what its clients need.
 
-    def __init__(self, root: Path, *, env: Mapping[str, str] | None = None, options: str = "") -> None:
+    env: what its sessions find in their environment. options: lines for the top of its config. prefix: a command that
+    starts it, such as unshare.
+    """
+
+    def __init__(
+        self, root: Path, *, env: Mapping[str, str] | None = None, options: str = "", prefix: Sequence[str] = ()
+    ) -> None:
         self.root = root
         self.user = getpass.getuser()
         self.port = 0
@@ -36,7 +42,7 @@ class Sshd:
         self.known_hosts = root / "known_hosts"
         self.config = root / "ssh_config"
         self._env = {"PATH": os.environ["PATH"], **(env or {})}
-        self._options = options
+        self._options, self._prefix = options, prefix
         self._daemon: subprocess.Popen[bytes] | None = None
 
     @property
@@ -105,7 +111,7 @@ MaxSessions 100
         sshd = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin") or "sshd"
         with (self.root / "sshd.log").open("ab") as log:
             self._daemon = subprocess.Popen(
-                [sshd, "-D", "-e", "-f", self.root / "sshd_config"],
+                [*self._prefix, sshd, "-D", "-e", "-f", self.root / "sshd_config"],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=dict(self._env), start_new_session=True,
             )  # fmt: skip
         end = time.monotonic() + WAIT

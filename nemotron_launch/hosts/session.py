@@ -97,10 +97,11 @@ class _Session:
 
     def alive(self) -> bool:
         """Whether the link has not ended, as far as this machine knows."""
-        with suppress(EOFError, OSError):
-            self._link.receive(0)
-            return self.open
-        self.close()
+        if self.open:
+            with suppress(EOFError, OSError):
+                self._link.receive(0)
+                return True
+            self.close()
         return False
 
     def close(self) -> None:
@@ -111,7 +112,7 @@ class _Session:
         self, request: bytes, *, quiet: float, total: float | None = None, said: bytearray | None = None
     ) -> Generator[bytes, None, _Answer]:
         sender = _Sender(self._link, request)
-        out, err = _Marked(self._mark.encode()), _Marked(self._mark.encode())
+        out, err = _Marked(self._mark.encode() * 2), _Marked(self._mark.encode() * 2)
         heard = asked = time.monotonic()
         complete = False
         try:

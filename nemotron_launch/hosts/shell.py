@@ -29,11 +29,12 @@ def loop(mark: str, *, login: bool) -> str:
     """The program that answers scripts until its input ends.
 
     A request is a line `<bytes of script> <bytes of input>`, then the script, which ends in the mark, then its input.
-    The answer: what the script wrote, the mark and its exit code on standard output, the mark on standard error.
-    A script whose end has not come, because the connection was cut, does not run.
+    The answer: what the script wrote, the mark twice and its exit code on standard output, the mark twice on standard
+    error; once it stands in what `ps` and `set` show. A script whose end has not come, as the connection was cut,
+    does not run.
     """
     program = f"""\
-ended() {{ printf '%s %s\\n' {mark} "$1"; printf %s {mark} >&2; }}
+ended() {{ printf '%s%s %s\\n' {mark} {mark} "$1"; printf %s%s {mark} {mark} >&2; }}
 ended 0
 while read -r script input; do
     script=$(head -c "$script")
