@@ -44,7 +44,7 @@ def without_thoughts(text: str) -> str:
 
 
 def final_answer(text: str) -> str | None:
-    r"""What follows the last `####`, `A:`, `answer:` or `answer is`, or is in the last `\boxed{}`: whichever comes last.
+    r"""What follows the last `####`, `A:`, `answer:` or `answer is`, or is in the last `\boxed{}`, the later one.
 
     None if there is none. An announced answer ends with its line; one that begins on the next line is taken from there.
     """

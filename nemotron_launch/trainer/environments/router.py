@@ -138,6 +138,10 @@ class Environments:
             from nemotron_launch.trainer.environments import regex
 
             return self._verified(Verifier(regex.problem, slow=f"{regex.__name__}:verify"))
+        if name == "code":
+            from nemotron_launch.trainer.environments.code import CodeEnvironment
+
+            return CodeEnvironment(self._env["code"])
         raise UserError(f"there is no environment {name}", where="env_name")
 
     def _verified(self, verifier: Verifier, section: str = "verifiers", *, ours: bool = True) -> Environment:

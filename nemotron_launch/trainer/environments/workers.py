@@ -1,6 +1,6 @@
 """Processes that verify: functions that need a main thread, may hang, eat memory or crash, away from the trainer.
 
-A worker takes one call at a time. One that takes too long is killed and another takes its place; the call gets an error.
+A worker takes one call at a time. One that takes too long is killed and another takes its place; the call fails.
 """
 
 from __future__ import annotations
