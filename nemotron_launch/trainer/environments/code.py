@@ -13,6 +13,7 @@ they are good against wrong programs, and against those that end early, not agai
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -136,12 +137,13 @@ class CodeEnvironment:
                 end.code == 0 and _same_text(end.stdout, right) for end, right in zip(ends, tests.outputs, strict=True)
             ]
             return passed, any(end.problem for end in finished)
-        task = {"key": secrets.token_hex(16), "before": before, "function": tests.function}
-        task |= {"inputs": tests.inputs, "tests": tests.asserts, "entry_point": entry_point}
+        key = secrets.token_hex(16)
+        task = {"key": key, "before": before, "function": tests.function, "entry_point": entry_point}
+        given = json.dumps({**task, "inputs": tests.inputs, "tests": tests.asserts})
         files = {"program.py": program, "harness.py": _HARNESS}
-        run = [Program(python("harness.py"), stdin=json.dumps(task))]
+        run = [Program(python("harness.py"), stdin=given)]
         (end,) = run_programs(files, run, self._limits, stop=self._stop)
-        found = None if end.problem else _found(end.stdout, task["key"], len(tests.asserts or tests.inputs))
+        found = None if end.problem else _found(end.stdout, key, len(tests.asserts or tests.inputs))
         if tests.asserts:
             return found or [False] * len(tests.asserts), bool(end.problem)
         values = found or [[]] * len(tests.inputs)
@@ -191,10 +193,8 @@ def tests_of(row: Mapping[str, Any]) -> Tests:
     if value is None:
         raise ValueError(f"missing key {' or '.join(TEST_KEYS)}")
     if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
-        try:
+        with contextlib.suppress(ValueError):  # Python may begin so too
             value = json.loads(value)
-        except ValueError:
-            pass  # Python may begin so too
     if isinstance(value, str):
         return Tests(asserts=(_code(value, key),))
     function = str(row.get("fn_name") or "")
