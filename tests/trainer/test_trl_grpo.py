@@ -405,3 +405,13 @@ def test_advantages_are_trls(trl, scale):
     if scale == "group":
         expected = expected * (stds + 1e-6) / (stds + 1e-4)
     torch.testing.assert_close(found.double(), expected, atol=1e-6, rtol=1e-6)
+
+
+def test_metrics_do_not_depend_on_micro_batches(trl, layout):
+    """Sums add up and extremes are extremes, to fp32's last digits."""
+    variant = VARIANTS["all-at-once"]
+    oracle = trl(variant)
+    whole, _ = computed(variant, oracle, layout, micro=GROUPS)
+    parts, _ = computed(variant, oracle, layout, micro=1)
+    assert parts == pytest.approx(whole, rel=1e-5, abs=1e-6)
+    assert whole["probs_ratio_min"] < 0.9 < 1.1 < whole["probs_ratio_max"]
