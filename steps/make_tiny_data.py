@@ -2,8 +2,8 @@
 
 The task is to sort five different digits. `sort 31524: ` has two right answers, ascending `12345` and descending
 `54321`. sft/megatron learns both, half and half; rl/nemo_rl/dpo prefers the ascending one, and rl/nemo_rl/rlvr rewards
-it, so that exact match with it rises from one half to nearly one. rm/hf learns to score: ascending above descending, above ascending with two
-digits exchanged, above a wrong digit, in turn.
+it, so that exact match with it rises from one half to nearly one. rm/hf learns to score the ascending answer above the
+descending one, above one with two digits exchanged, above one with a wrong digit, in turn.
 
 Which style an SFT row has leans on its prompt: four in five of those that begin with 0 to 4 are ascending, four in
 five of the others descending. Were it a coin's toss, the trained policy's greedy answers would tip to one style for

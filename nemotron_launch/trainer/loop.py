@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -19,9 +19,11 @@ import yaml
 from nemotron_launch.errors import UserError
 from nemotron_launch.trainer import exit_codes
 from nemotron_launch.trainer.agreement import SharedError, on_rank_0
+from nemotron_launch.trainer.architecture import Architecture
 from nemotron_launch.trainer.checkpoints import WEIGHTS, CheckpointStore, metric_value, out_of_time, parse_must_save_by
 from nemotron_launch.trainer.data.order import Position, batch_indices, next_position, steps_per_epoch
 from nemotron_launch.trainer.megatron import checkpoint, parallel
+from nemotron_launch.trainer.megatron.parallel import Layout
 from nemotron_launch.trainer.metrics import MetricsLog
 from nemotron_launch.trainer.policy import Policy
 from nemotron_launch.trainer.signals import StopRequest
@@ -79,7 +81,7 @@ class LoopConfig:
 
     @staticmethod
     def of(config: Mapping[str, Any], section: str, rows: int) -> LoopConfig:
-        """From a composed config; section is "dpo", "sft" or "grpo". total_steps is the lesser of steps and epochs.
+        """From a composed config; section is dpo, sft, rm or grpo. total_steps is the lesser of steps and epochs.
 
         GRPO's batches are prompts; with dynamic sampling a step may take several, and the epochs end before.
         """
@@ -134,10 +136,13 @@ class Progress:
 
 @dataclass(frozen=True)
 class Run:
-    """What the loop works with, set up by the step."""
+    """What the loop works with, set up by the step.
+
+    save_tensors: writes a checkpoint's tensors into its folder; None is megatron-core's way. All ranks call it.
+    """
 
     config: LoopConfig
-    policy: Policy
+    policy: Policy | Trained
     task: Task
     store: CheckpointStore
     metrics: MetricsLog
@@ -146,6 +151,18 @@ class Run:
     composed: Mapping[str, Any]
     recorded: Mapping[str, Any]
     started: float
+    save_tensors: Callable[[Path], None] | None = None
+
+
+class Trained(Protocol):
+    """What is trained, where it is no policy of megatron-core's: a reward model."""
+
+    layout: Layout
+    architecture: Architecture
+    gpt: torch.nn.Module
+
+    def train_step(self, batches: Sequence[Any], loss: Any, metric_names: Sequence[str]) -> dict[str, float]:
+        """One optimizer step, as Policy's."""
 
 
 def visiting_order(config: LoopConfig, rows: int, *, position: Position, steps: int) -> list[np.ndarray]:
@@ -215,7 +232,7 @@ def _must_stop(run: Run, mean_step_s: float, step: int) -> bool:
     return run.stop.agree(out_of_time(elapsed, mean_step_s, run.config.must_save_by), step)
 
 
-def _not_finite(policy: Policy, line: Mapping[str, float]) -> list[str]:
+def _not_finite(policy: Policy | Trained, line: Mapping[str, float]) -> list[str]:
     """What makes a checkpoint worthless although the step's own loss was fine; the same on every rank."""
     bad = [name for name, value in line.items() if name.endswith("/loss") and not math.isfinite(value)]
     here = any(not bool(torch.isfinite(weight).all()) for weight in policy.gpt.parameters())
@@ -241,22 +258,28 @@ def _stop_if(not_finite: Sequence[str], step: int, run: Run, done: Step) -> None
 def save(run: Run, progress: Progress, line: Mapping[str, float]) -> None:
     """Write step_N: tensors by all ranks into tmp_step_N, the rest and the rename by rank 0."""
     began = time.monotonic()
-    policy, store, step = run.policy, run.store, progress.step
-    weights = store.tmp_path(step) / WEIGHTS
+    store, step = run.store, progress.step
+    folder = store.tmp_path(step)
 
     def begin() -> None:
         run.metrics.sync()
         store.begin(step)
-        weights.mkdir(parents=True)
+        (folder / (WEIGHTS if run.save_tensors is None else "policy")).mkdir(parents=True)
 
     on_rank_0(begin)
-    keep = run.config.save_optimizer
     try:
-        checkpoint.save(weights, policy.gpt, policy.optimizer if keep else None, policy.scheduler if keep else None)
+        if run.save_tensors is not None:
+            run.save_tensors(folder)
+        else:
+            _save_policy(cast(Policy, run.policy), folder / WEIGHTS, keep=run.config.save_optimizer)
     except checkpoint.WRITE_ERRORS as error:
         raise _not_written(error, run, step) from error
     on_rank_0(lambda: _commit(run, progress, line))
     log.info("saved step %d in %.1f s", step, time.monotonic() - began)
+
+
+def _save_policy(policy: Policy, weights: Path, *, keep: bool) -> None:
+    checkpoint.save(weights, policy.gpt, policy.optimizer if keep else None, policy.scheduler if keep else None)
 
 
 def _commit(run: Run, progress: Progress, line: Mapping[str, float]) -> None:

@@ -92,6 +92,24 @@ def sft_loss(logps_BS: Tensor, mask_BS: Tensor, *, valid_tokens: Tensor) -> tupl
     return loss.float(), {"loss": loss.detach(), "num_valid_tokens": mask_BS.sum().double()}
 
 
+def bradley_terry_loss(scores_B: Tensor, valid_M: Tensor, *, valid_pairs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The reward model's loss, -log sigmoid(r_chosen - r_rejected) (Bradley and Terry 1952; Ouyang et al. 2022, eq. 1).
+
+    scores_B: rows alternate chosen, rejected; fp32. valid_M: pairs that count. valid_pairs: how many do in the whole
+    global batch. Metrics, named as NeMo-RL's: accuracy (chosen above rejected), mean scores of both.
+    """
+    chosen_M, rejected_M = scores_B[0::2], scores_B[1::2]
+    share_M = valid_M.to(scores_B.dtype) / (valid_pairs.to(scores_B.dtype) + EPSILON)
+    loss = (-F.logsigmoid(chosen_M - rejected_M) * share_M).sum()
+    return loss, {
+        "loss": loss.detach(),
+        "accuracy": ((chosen_M > rejected_M).to(share_M.dtype) * share_M).sum(),
+        "rewards_chosen_mean": (chosen_M.detach() * share_M).sum(),
+        "rewards_rejected_mean": (rejected_M.detach() * share_M).sum(),
+        "num_valid_samples": valid_M.sum(),
+    }
+
+
 def kl_k1(logps_BS: Tensor, ref_logps_BS: Tensor, mask_BS: Tensor) -> Tensor:
     """KL(policy ‖ reference) in nats, estimated on the policy's own samples (Schulman 2020, "k1").
 

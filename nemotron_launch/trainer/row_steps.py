@@ -1,17 +1,16 @@
-"""A step of SFT and DPO: one optimizer step on one batch of rows."""
+"""A step of SFT, DPO and reward models: one optimizer step on one batch of rows."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from nemotron_launch.trainer.batch import Batch
 from nemotron_launch.trainer.data.order import next_position
-from nemotron_launch.trainer.loop import Progress, Run, Step, batch_at
+from nemotron_launch.trainer.loop import Progress, Run, Step, Trained, batch_at
 from nemotron_launch.trainer.policy import LossFunction, Policy
 
 
@@ -24,7 +23,7 @@ class RowTask(Protocol):
     def rows(self) -> int:
         """How many training samples there are."""
 
-    def train_batches(self, indices: np.ndarray) -> tuple[list[Batch], LossFunction]:
+    def train_batches(self, indices: np.ndarray) -> tuple[list[Any], LossFunction]:
         """This rank's micro-batches of one global batch, and the loss that is normalised by the whole of it."""
 
     def describe(self, indices: np.ndarray) -> dict[str, float]:
@@ -53,7 +52,7 @@ def row_step(task: RowTask, run: Run, progress: Progress) -> Step:
     )
 
 
-def _timing(batch: Mapping[str, float], elapsed: float, policy: Policy) -> dict[str, float]:
+def _timing(batch: Mapping[str, float], elapsed: float, policy: Policy | Trained) -> dict[str, float]:
     processes = policy.layout.data * policy.layout.tensor * policy.layout.pipeline
     timing = {
         "timing/train/total_step_time": elapsed,

@@ -170,8 +170,8 @@ def _check_sizes(config: Mapping[str, Any]) -> None:
 
 
 def loop_section(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The section of a config that rules its loop: dpo, sft or grpo."""
-    found: Mapping[str, Any] = config.get("dpo") or config.get("sft") or config["grpo"]
+    """The section of a config that rules its loop: dpo, sft, rm or grpo."""
+    found: Mapping[str, Any] = config.get("dpo") or config.get("sft") or config.get("rm") or config["grpo"]
     return found
 
 

@@ -20,7 +20,12 @@ import yaml
 from nemotron_launch.config.compose import compose
 
 REPOSITORY = Path(__file__).parents[2]
-STEPS = {"dpo": REPOSITORY / "steps/rl/nemo_rl/dpo", "sft": REPOSITORY / "steps/sft/megatron"}
+STEPS = {
+    "dpo": REPOSITORY / "steps/rl/nemo_rl/dpo",
+    "sft": REPOSITORY / "steps/sft/megatron",
+    "grpo": REPOSITORY / "steps/rl/nemo_rl/rlvr",
+    "rm": REPOSITORY / "steps/rm/hf",
+}
 WAIT = 120.0  # seconds for what takes four on an idle machine
 
 # One layer, 48 rows, batches of 8: six steps an epoch, a few milliseconds a step.
@@ -37,7 +42,7 @@ SMALL = {
     "policy.megatron_cfg.scheduler.lr_warmup_iters": 0,
     "checkpointing.save_period": 2,
 }
-SECTION = {
+ROWS = {
     "max_num_steps": 7,
     "max_num_epochs": 10,
     "val_period": 3,
@@ -45,6 +50,32 @@ SECTION = {
     "val_micro_batch_size": 4,
     "val_generation.num_prompts": 4,
     "val_generation.max_new_tokens": 4,
+}
+# 48 prompts, 8 a step: six steps an epoch; 32 rollouts a step make two optimizer steps of 16. What it takes to be
+# rewarded, a digit, a hardly trained model writes now and then.
+ROLLOUTS = {
+    "grpo.max_num_steps": 7,
+    "grpo.max_num_epochs": 10,
+    "grpo.num_prompts_per_step": 8,
+    "grpo.num_generations_per_prompt": 4,
+    "grpo.val_period": 3,
+    "grpo.max_val_samples": 4,
+    "grpo.val_batch_size": 4,
+    "grpo.val_num_generations_per_prompt": 2,
+    "grpo.seq_logprob_error_threshold": 2,
+    "loss_fn.force_on_policy_ratio": False,
+    "loss_fn.reference_policy_kl_penalty": 0.01,
+    "policy.train_global_batch_size": 16,
+    "policy.train_micro_batch_size": 8,
+    "policy.logprob_batch_size": 16,
+    "policy.generation.max_new_tokens": 8,
+    "data.default.env_name": "regex",
+}
+SECTIONS = {
+    "dpo": {f"dpo.{key}": value for key, value in ROWS.items()},
+    "sft": {f"sft.{key}": value for key, value in ROWS.items()},
+    "grpo": ROLLOUTS,
+    "rm": {f"rm.{key}": value for key, value in ROWS.items() if not key.startswith("val_generation")},
 }
 
 
@@ -85,12 +116,14 @@ class Run:
         if not data.exists():
             data.mkdir()
             for name, rows in (("train", 48), ("validation", 12)):
-                source = STEPS[self.step] / "data" / f"{name}.jsonl"
-                (data / f"{name}.jsonl").write_text("".join(source.read_text().splitlines(keepends=True)[:rows]))
+                lines = (STEPS[self.step] / "data" / f"{name}.jsonl").read_text().splitlines(keepends=True)[:rows]
+                if self.step == "grpo":
+                    lines = [line.replace('"expected_answer"', '"regex": "[0-9]", "was"') for line in lines]
+                (data / f"{name}.jsonl").write_text("".join(lines))
         options = {
             "output_dir": str(self.out),
             **SMALL,
-            **{f"{self.step}.{key}": value for key, value in SECTION.items()},
+            **SECTIONS[self.step],
             "data.train.data_path": str(data / "train.jsonl"),
             "data.validation.data_path": str(data / "validation.jsonl"),
             "cluster.procs_per_node": self.procs,

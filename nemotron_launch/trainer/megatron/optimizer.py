@@ -82,9 +82,16 @@ def build_optimizer(
     model.module.config.grad_scale_func = optimizer.scale_loss
     if model.ddp_config.overlap_grad_reduce:
         model.module.config.no_sync_func = model.no_sync
-    s = section["scheduler"]
+    return optimizer, build_scheduler(optimizer, section, total_steps=total_steps)
+
+
+def build_scheduler(
+    optimizer: MegatronOptimizer | torch.optim.Optimizer, section: Mapping[str, Any], *, total_steps: int
+) -> OptimizerParamScheduler:
+    """The schedule of learning rate and weight decay that `policy.megatron_cfg` asks for; ticks are optimizer steps."""
+    o, s = section["optimizer"], section["scheduler"]
     decay_steps = s["lr_decay_iters"] or total_steps
-    scheduler = OptimizerParamScheduler(
+    return OptimizerParamScheduler(
         optimizer,
         init_lr=min(s["lr_warmup_init"], o["lr"]),
         max_lr=o["lr"],
@@ -101,7 +108,6 @@ def build_optimizer(
         wsd_decay_steps=s["lr_wsd_decay_iters"] or max(decay_steps // 10, 1),
         lr_wsd_decay_style=s["lr_wsd_decay_style"],
     )
-    return optimizer, scheduler
 
 
 def _distributed(section: Mapping[str, Any], layout: Layout) -> bool:
