@@ -16,7 +16,8 @@ from torch import Tensor
 
 from nemotron_launch.errors import UserError
 from nemotron_launch.trainer.megatron import parallel
-from nemotron_launch.trainer.megatron.attention import PLANS, AttentionPlan, KeyValueCache
+from nemotron_launch.trainer.megatron.attention import PLANS, AttentionPlan
+from nemotron_launch.trainer.megatron.decode import Decoder, Weights
 from nemotron_launch.trainer.megatron.logprobs import lowest_kept
 from nemotron_launch.trainer.policy import Policy
 from nemotron_launch.trainer.rollouts import Completion, Sampling
@@ -77,12 +78,13 @@ class MegatronGenerator:
         was_training = policy.gpt.training
         policy.gpt.eval()
         try:
+            weights = Weights(policy)
             with _without_sequence_parallel(policy.gpt):
                 for part, first, count in self._parts(prompts, samples):
                     states = sample_states(
                         seed, step, [keys[i] for i in part], range(first, first + count), policy.layout.device
                     )
-                    batch = _Sampler(policy, [prompts[i] for i in part], sampling, count, self.max_length)
+                    batch = _Sampler(policy, weights, [prompts[i] for i in part], sampling, count, self.max_length)
                     completions = batch.run(states, self._stops(sampling))
                     for place, i in enumerate(part):
                         done[i] += completions[place * count : (place + 1) * count]
@@ -117,114 +119,167 @@ class MegatronGenerator:
 
 
 class _Sampler:
-    """The running batch: its cache, what each sequence holds so far, and which are done."""
+    """The running batch: what each sequence holds so far, and which are done."""
 
     def __init__(
         self,
         policy: Policy,
+        weights: Weights,
         prompts: Sequence[np.ndarray],
         sampling: Sampling,
         samples: int,
         max_length: int | None,
     ) -> None:
         self.policy = policy
+        self.weights = weights
         self.sampling = sampling
         self.device = policy.layout.device
-        self.lengths_B = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
-        width = int(self.lengths_B.max())
-        tokens = np.zeros((len(prompts), width), np.int64)
+        lengths = np.array([len(prompt) for prompt in prompts])
+        tokens = np.zeros((len(prompts), lengths.max()), np.int64)
         for row, prompt in zip(tokens, prompts, strict=True):
             row[: len(prompt)] = prompt
         self.prompts_BP = torch.from_numpy(tokens).to(self.device)
-        self.count = len(prompts) * samples
-        row_N = torch.arange(len(prompts), device=self.device).repeat_interleave(samples)
-        rooms = [sampling.max_new_tokens if max_length is None else max_length - len(prompt) for prompt in prompts]
-        rooms = [min(max(room, 0), sampling.max_new_tokens) for room in rooms]
-        self.room_N = torch.tensor(rooms, device=self.device)[row_N]
-        self.max_new = max(rooms)
-        self.cache = KeyValueCache(capacity=self.max_new, row_N=row_N)
-        places = torch.arange(width, device=self.device)
-        padded = bool((self.lengths_B < width).any())
-        self.prompt_mask_BP = places >= self.lengths_B[:, None] if padded else None
+        self.lengths_B = torch.from_numpy(lengths).to(self.device)
+        self.row_N = np.arange(len(prompts)).repeat(samples)
+        rooms_B = np.full(len(prompts), sampling.max_new_tokens)
+        if max_length is not None:
+            rooms_B = np.clip(max_length - lengths, 0, sampling.max_new_tokens)
+        self.room_N = rooms_B[self.row_N]
+        self.max_new = int(rooms_B.max())
+        # Which tokens end an answer; those that no model writes may be named too.
+        self.stops_V = torch.zeros(max(policy.architecture.vocab_size, *sampling.stop_ids, 0) + 1, dtype=torch.bool)
+        self.stops_V[list(sampling.stop_ids)] = True
+        self.stops_V = self.stops_V.to(self.device)
 
-    def run(self, states: Tensor, stop_strings: StopStrings | None) -> list[Completion]:
-        """All completions, in order. states: of the random numbers, one a sequence."""
-        stops = torch.tensor(sorted(self.sampling.stop_ids), device=self.device)
-        written = torch.zeros(self.count, self.max_new, dtype=torch.long, device=self.device)
-        logps = torch.zeros(self.count, self.max_new, device=self.device)
-        lengths = torch.zeros(self.count, dtype=torch.long, device=self.device)
-        stopped = torch.zeros(self.count, dtype=torch.bool, device=self.device)
-        running = self.room_N.nonzero().squeeze(1)
-        logits_NV = None
-        if len(running):
-            logits_NV = self._prefill()
-        if len(running) < self.count:
-            logits_NV = None if logits_NV is None else logits_NV[running]
-            self.cache.keep(running)
+    def run(self, states_N: Tensor, stop_strings: StopStrings | None) -> list[Completion]:
+        """All completions, in order. states_N: of the random numbers, one a sequence.
+
+        A finished sequence stays in the batch until those finished have cost as much as one more token of all: leaving
+        is a copy of the cache. On a GPU it is looked for now and then only, since looking waits for the GPU.
+        """
+        count, every = len(self.row_N), 1 if self.device.type == "cpu" else 8
+        written_RN = torch.zeros(self.max_new, count, dtype=torch.long, device=self.device)
+        logps_RN = torch.zeros(self.max_new, count, device=self.device)
+        lengths = torch.zeros(count, dtype=torch.long, device=self.device)
+        stopped = torch.zeros(count, dtype=torch.bool, device=self.device)
+        rows = self.room_N.nonzero()[0]
+        batch = _Running(rows, self.room_N, states_N)
+        logits_NV, waste = None, 0
+        if len(rows):
+            logits_BV, decoder = self._prefill(rows)
+            logits_NV = None if logits_BV is None else logits_BV[torch.from_numpy(self.row_N[rows]).to(self.device)]
         for place in range(self.max_new):
-            next_N, logps_N = self._choose(logits_NV, uniform(states[running], place))
-            written[running, place], logps[running, place] = next_N, logps_N
-            lengths[running] = place + 1
-            is_stop = torch.isin(next_N, stops)
+            next_N = self._choose(logits_NV, batch.drawn(place), logps_RN[place], batch.rows_N)
+            written_RN[place].index_copy_(0, batch.rows_N, next_N)
+            ends_N = self.stops_V[next_N]
             if stop_strings is not None:
-                is_stop = is_stop | stop_strings.ended(written, running, next_N, place + 1)
-            stopped[running] = is_stop
-            left = (~is_stop & (self.room_N[running] > place + 1)).nonzero().squeeze(1)
-            if not len(left):
-                break
-            if len(left) < len(running):
-                running, next_N = running[left], next_N[left]
-                self.cache.keep(left)
-            logits_NV = self._decode(next_N, place)
-        rows = zip(written.cpu().numpy(), logps.cpu().numpy(), lengths.tolist(), stopped.tolist(), strict=True)
-        return [Completion(ids[:n], values[:n], done) for ids, values, n, done in rows]
+                ends_N |= stop_strings.ended(written_RN[: place + 1], batch.rows_N, next_N, ~batch.over_N)
+            batch.note(ends_N, place)
+            last = place + 1 == self.max_new
+            if last or (place + 1) % every == 0:
+                over = int(batch.over_N.sum())
+                waste += over * every
+                if last or over == len(batch.rows_N):
+                    break
+                if waste >= len(batch.rows_N):
+                    left = (~batch.over_N).nonzero().squeeze(1)
+                    batch.leave(lengths, stopped)
+                    batch, next_N, waste = batch.of(left), next_N[left], 0
+                    decoder.keep(left.cpu().numpy())
+            logits_NV = self._decode(decoder, next_N)
+        batch.leave(lengths, stopped)
+        parallel.from_last_stage(logps_RN)
+        ids, logps = written_RN.T.cpu().numpy(), logps_RN.T.cpu().numpy()
+        parts = zip(ids, logps, lengths.tolist(), stopped.tolist(), strict=True)
+        return [Completion(own[:n].copy(), values[:n].copy(), done) for own, values, n, done in parts]
 
-    def _prefill(self) -> Tensor | None:
-        """Run the prompts; the logits behind each prompt's last token, one row per sequence."""
-        rows, width = self.prompts_BP.shape
-        positions_SB = torch.arange(width, device=self.device)[:, None].expand(width, rows)
-        cos, sin = self.policy.rotary.at(positions_SB, width)
-        plan = AttentionPlan(width, 1, 0, cos, sin, None, self.cache)
-        places = (self.lengths_B - 1) * rows + torch.arange(rows, device=self.device)
-        logits_BV = self._forward(self.prompts_BP, plan, places)
-        return None if logits_BV is None else logits_BV[self.cache.row_N]
-
-    def _decode(self, tokens_N: Tensor, place: int) -> Tensor | None:
-        """Run one more token of every running sequence."""
-        positions_N = self.lengths_B[self.cache.row_N] + place
-        cos, sin = self.policy.rotary.at(positions_N[None], self.prompts_BP.shape[1] + place)
-        plan = AttentionPlan(0, 1, 1, cos, sin, self.prompt_mask_BP, self.cache)
-        places = torch.arange(len(tokens_N), device=self.device)
-        logits_NV = self._forward(tokens_N[:, None], plan, places)
-        self.cache.length += 1
-        return logits_NV
-
-    def _forward(self, tokens_BS: Tensor, plan: AttentionPlan, places: Tensor) -> Tensor | None:
-        """One pass through all pipeline stages; the last stage's logits [N, V] over the whole vocabulary, fp32."""
+    def _prefill(self, rows: np.ndarray) -> tuple[Tensor | None, Decoder]:
+        """Run the prompts, once each; the logits behind their last tokens [B, V], and what goes on from there."""
         layout, gpt = self.policy.layout, self.policy.gpt
+        count, width = self.prompts_BP.shape
+        positions_SB = torch.arange(width, device=self.device)[:, None].expand(width, count)
+        cos, sin = self.policy.rotary.at(positions_SB, width)
+        kept: dict[int, tuple[Tensor, Tensor]] = {}
         if layout.last_stage:
-            gpt.output_layer.wanted_N = places
+            gpt.output_layer.wanted_N = (self.lengths_B - 1) * count + torch.arange(count, device=self.device)
         if not layout.first_stage:
-            shape = (tokens_BS.shape[1], tokens_BS.shape[0], gpt.config.hidden_size)
-            hidden = torch.empty(shape, dtype=self.policy.numerics.dtype, device=self.device)
-            dist.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank())
-            gpt.set_input_tensor(hidden)
-        output = gpt(tokens_BS, None, PLANS.register(plan))
+            gpt.set_input_tensor(self._received(width, count))
+        output = gpt(self.prompts_BP, None, PLANS.register(AttentionPlan(0, 1, width, cos, sin, kept=kept)))
         PLANS.clear()
+        decoder = Decoder(self.weights, kept, self.lengths_B, self.row_N[rows], self.max_new)
         if not layout.last_stage:
-            dist.send(output.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank())
-            return None
-        logits_NV = gather_from_tensor_model_parallel_region(output.squeeze(0)).float()
-        return logits_NV[:, : self.policy.architecture.vocab_size]  # what follows is padding
+            self._send(output)
+            return None, decoder
+        logits_BV = gather_from_tensor_model_parallel_region(output.squeeze(0)).float()
+        return logits_BV[:, : self.policy.architecture.vocab_size], decoder
 
-    def _choose(self, logits_NV: Tensor | None, drawn_N: Tensor) -> tuple[Tensor, Tensor]:
-        """The next token of every sequence and its log-probability, the same on every stage."""
+    def _decode(self, decoder: Decoder, tokens_N: Tensor) -> Tensor | None:
+        """Run one more token of every sequence through all stages; the last stage's logits [N, V]."""
+        layout, width = self.policy.layout, self.prompts_BP.shape[1]
+        cos, sin = self.policy.rotary.at(decoder.positions[:, None], width + decoder.length)
+        first = layout.first_stage
+        hidden_NH = self.weights.embed(tokens_N) if first else self._received(1, len(tokens_N))[0]
+        hidden_NH = decoder.step(hidden_NH, cos, sin)
+        if layout.last_stage:
+            return self.weights.logits(hidden_NH)
+        self._send(hidden_NH)
+        return None
+
+    def _received(self, *shape: int) -> Tensor:
+        hidden = torch.empty(*shape, self.weights.hidden, dtype=self.policy.numerics.dtype, device=self.device)
+        dist.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank())
+        return hidden
+
+    def _send(self, hidden: Tensor) -> None:
+        dist.send(hidden.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank())
+
+    def _choose(self, logits_NV: Tensor | None, drawn_N: Tensor, logps: Tensor, rows_N: Tensor) -> Tensor:
+        """The next token of every sequence, on every stage; the last stage notes its log-probability in `logps`."""
         if logits_NV is None:
-            next_N = torch.zeros(len(drawn_N), dtype=torch.long, device=self.device)
-            logps_N = torch.zeros(len(drawn_N), device=self.device)
-        else:
-            next_N, logps_N = choose(logits_NV, drawn_N, self.sampling)
-        return parallel.from_last_stage(next_N), parallel.from_last_stage(logps_N)
+            return parallel.from_last_stage(torch.zeros(len(drawn_N), dtype=torch.long, device=self.device))
+        next_N, logps_N = choose(logits_NV, drawn_N, self.sampling)
+        logps.index_copy_(0, rows_N, logps_N)
+        return parallel.from_last_stage(next_N)
+
+
+class _Running:
+    """Sequences that run together. rows_N: their places among all; over_N: who is done; length_N: tokens of each."""
+
+    def __init__(self, rows: np.ndarray, room: np.ndarray, states: Tensor) -> None:
+        self.rows_N = torch.from_numpy(rows).to(states.device)
+        self.room_N = torch.from_numpy(room[rows]).to(states.device)
+        self.states_N = states[self.rows_N]
+        self.over_N = torch.zeros_like(self.rows_N, dtype=torch.bool)
+        self.stopped_N = self.over_N.clone()
+        self.length_N = torch.zeros_like(self.rows_N)
+        self._drawn: tuple[int, Tensor] | None = None
+
+    def drawn(self, place: int) -> Tensor:
+        """Uniform numbers for a place, made for some places at once."""
+        first = place - place % _PLACES
+        if self._drawn is None or self._drawn[0] != first:
+            places = torch.arange(first, first + _PLACES, device=self.states_N.device)
+            self._drawn = first, uniform(self.states_N, places[:, None])
+        return self._drawn[1][place - first]
+
+    def note(self, ends_N: Tensor, place: int) -> None:
+        """Every sequence that is not done has got a token."""
+        self.length_N += ~self.over_N
+        self.stopped_N |= ends_N & ~self.over_N
+        self.over_N |= ends_N | (self.room_N <= place + 1)
+
+    def leave(self, lengths: Tensor, stopped: Tensor) -> None:
+        """Write what is known of the sequences into the lists of all."""
+        lengths.index_copy_(0, self.rows_N, self.length_N)
+        stopped.index_copy_(0, self.rows_N, self.stopped_N)
+
+    def of(self, left: Tensor) -> _Running:
+        """The sequences that go on."""
+        new = object.__new__(_Running)
+        for name in ("rows_N", "room_N", "states_N", "over_N", "stopped_N", "length_N"):
+            setattr(new, name, getattr(self, name)[left])
+        new._drawn = None
+        return new
 
 
 def choose(logits_NV: Tensor, drawn_N: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
@@ -232,18 +287,20 @@ def choose(logits_NV: Tensor, drawn_N: Tensor, sampling: Sampling) -> tuple[Tens
     if sampling.temperature == 0:
         logps_N, next_N = torch.log_softmax(logits_NV, -1).max(-1)
         return next_N, logps_N
-    logits_NV = logits_NV / sampling.temperature
+    if sampling.temperature != 1:
+        logits_NV = logits_NV / sampling.temperature
     if sampling.filters:
         lowest_N1 = lowest_kept(logits_NV, top_p=sampling.top_p, top_k=sampling.top_k)
         logits_NV = logits_NV.masked_fill(logits_NV < lowest_N1, -torch.inf)
-    logps_NV = torch.log_softmax(logits_NV, -1)
+    probs_NV = torch.softmax(logits_NV, -1)
     # Inverting the distribution function needs one number a token, which a counter gives in any order.
-    summed_NV = logps_NV.double().exp().cumsum(-1)
+    summed_NV = probs_NV.cumsum(-1, dtype=torch.float64)
     drawn_N1 = drawn_N[:, None] * summed_NV[:, -1:]
     next_N1 = torch.searchsorted(summed_NV, drawn_N1, right=True).clamp(max=logits_NV.shape[1] - 1)
-    return next_N1.squeeze(1), logps_NV.gather(1, next_N1).squeeze(1)
+    return next_N1.squeeze(1), probs_NV.gather(1, next_N1).log().squeeze(1)
 
 
+_PLACES = 32
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit number
 
 
@@ -259,7 +316,7 @@ def sample_states(
     return states_N
 
 
-def uniform(states_N: Tensor, place: int) -> Tensor:
+def uniform(states_N: Tensor, place: int | Tensor) -> Tensor:
     """Numbers in [0, 1), fp64, one for each (state, place): SplitMix64 (Steele et al. 2014) as a hash."""
     return (_mix((states_N ^ place) + _GOLDEN) >> 11 & (1 << 53) - 1).double() / (1 << 53)
 

@@ -33,14 +33,14 @@ class StopStrings:
         ]
         self.may_end_V = torch.tensor(may_end, device=device)
 
-    def ended(self, written: Tensor, rows_N: Tensor, next_N: Tensor, length: int) -> Tensor:
-        """Which of the sequences `rows_N` of `written` [all, tokens], `length` tokens long, end with `next_N`."""
+    def ended(self, written_RN: Tensor, rows_N: Tensor, next_N: Tensor, running_N: Tensor) -> Tensor:
+        """Which of the sequences `rows_N` (columns of what is written so far) end with `next_N`, if still running."""
         # A model's vocabulary may be padded beyond the tokenizer's; such a token has no text.
         known_N = next_N < len(self.may_end_V)
-        ended_N = self.may_end_V[next_N.where(known_N, torch.zeros_like(next_N))] & known_N
+        ended_N = self.may_end_V[next_N.where(known_N, torch.zeros_like(next_N))] & known_N & running_N
         places = ended_N.nonzero().squeeze(1)
         if len(places):
-            ends = written[rows_N[places], max(length - self.window, 0) : length].tolist()
+            ends = written_RN[-self.window :, rows_N[places]].T.tolist()
             texts = [self.tokenizer.decode(end) for end in ends]
             found = [any(stop in text for stop in self.texts) for text in texts]
             ended_N[places] = torch.tensor(found, device=ended_N.device)

@@ -5,7 +5,7 @@ pair is K = 2, a GRPO group K = G, plain sequences K = 1 with an empty prompt. T
 once, each tail sees the prompt and itself, so the result is that of K separate sequences.
 
 Legend: B prompts, K tails of each, N = B·K tails, P prompt tokens (padded), R tail tokens (padded), S = P + K·R row
-length, h heads, g key-value heads, d head dimension, L tokens seen by a tail when generating.
+length, h heads, g key-value heads, d head dimension.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ class AttentionPlan:
     """One forward pass: where its tokens stand and what each may see.
 
     cos and sin [S, B, 1, d/2]: rotary tables in the order of the row. prompt_mask_BP: True on padding of the prompts,
-    None where no prompt is padded. cache: when generating, keys and values per layer, else None. wanted_W: flat
-    places s·B + b of the tokens with a logit, with which alone the last layer goes on; None for all.
+    None where no prompt is padded. kept: when generating, where each layer leaves its keys and values, rotated,
+    [B, g, S, d], else None. wanted_W: flat places s·B + b of the tokens with a logit, with which alone the last layer
+    goes on; None for all.
     """
 
     prompt: int
@@ -46,7 +47,7 @@ class AttentionPlan:
     cos: Tensor
     sin: Tensor
     prompt_mask_BP: Tensor | None = None
-    cache: KeyValueCache | None = None
+    kept: dict[int, tuple[Tensor, Tensor]] | None = None
     wanted_W: Tensor | None = None
     _bias: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
@@ -58,37 +59,6 @@ class AttentionPlan:
             bias = torch.zeros(queries, keys, dtype=like.dtype, device=like.device).masked_fill(~allowed, -math.inf)
             self._bias[queries, keys] = bias
         return bias
-
-
-@dataclass
-class KeyValueCache:
-    """Keys and values while generating: those of the prompts once, those of the tails as they grow.
-
-    prompt[layer]: pair of [B, g, P, d]; tail[layer]: pair of [N, g, R, d], filled up to `length`.
-    row_N says which prompt a tail continues.
-    """
-
-    capacity: int
-    row_N: Tensor
-    length: int = 0
-    prompt: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    tail: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-
-    def append(self, layer: int, key_NgQd: Tensor, value_NgQd: Tensor) -> tuple[Tensor, Tensor]:
-        """Add the newest tokens of every tail and return all of them."""
-        if layer not in self.tail:
-            shape = (*key_NgQd.shape[:2], self.capacity, key_NgQd.shape[3])
-            self.tail[layer] = (key_NgQd.new_empty(shape), value_NgQd.new_empty(shape))
-        keys, values = self.tail[layer]
-        end = self.length + key_NgQd.shape[2]
-        keys[:, :, self.length : end] = key_NgQd
-        values[:, :, self.length : end] = value_NgQd
-        return keys[:, :, :end], values[:, :, :end]
-
-    def keep(self, rows: Tensor) -> None:
-        """Drop the tails that are not in `rows`: finished sequences leave the batch."""
-        self.row_N = self.row_N[rows]
-        self.tail = {layer: (keys[rows], values[rows]) for layer, (keys, values) in self.tail.items()}
 
 
 class PlanRegistry:
@@ -135,13 +105,15 @@ class PlannedAttention(MegatronModule):
         return out
 
     def _one_pass(self, query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan) -> Tensor:
-        on_cpu = query.device.type == "cpu" and plan.cache is None
+        on_cpu = query.device.type == "cpu" and plan.kept is None
         if on_cpu and explicit_scores(plan, *query.shape[1:3]) <= MAX_EXPLICIT_SCORES:
             return ExplicitAttention.apply(query, key, value, plan, self.scale or query.shape[-1] ** -0.5)
         q = Rotate.apply(query, plan.cos, plan.sin).permute(1, 2, 0, 3)
         k = Rotate.apply(key, plan.cos, plan.sin).permute(1, 2, 0, 3)
         v = value.permute(1, 2, 0, 3)
-        out = self._attend(q, k, v, plan) if plan.cache is None else self._generate(q, k, v, plan, plan.cache)
+        if plan.kept is not None:
+            plan.kept[self.layer_number] = (k.contiguous(), v.contiguous())
+        out = self._attend(q, k, v, plan)
         return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
 
     def _attend(self, q_BhSd: Tensor, k_BgSd: Tensor, v_BgSd: Tensor, plan: AttentionPlan) -> Tensor:
@@ -179,23 +151,6 @@ class PlannedAttention(MegatronModule):
         if padding_NP is not None:
             allowed = allowed & ~F.pad(padding_NP, (0, queries))[:, None, None]
         return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=scale, enable_gqa=grouped)
-
-    def _generate(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, cache: KeyValueCache) -> Tensor:
-        """Prefill (the prompts, kept for all tails) or one more token for each tail. q [B|N, h, Q, d]."""
-        if plan.prompt:
-            cache.prompt[self.layer_number] = (k, v)
-            return self._sdpa(q, k, v, plan)
-        keys, values = cache.append(self.layer_number, k, v)
-        if self.layer_number in cache.prompt:
-            prompt_keys, prompt_values = (x[cache.row_N] for x in cache.prompt[self.layer_number])
-            keys, values = torch.cat([prompt_keys, keys], 2), torch.cat([prompt_values, values], 2)
-        allowed = None
-        if plan.prompt_mask_BP is not None:
-            hidden = plan.prompt_mask_BP[cache.row_N]
-            allowed = ~F.pad(hidden, (0, keys.shape[2] - hidden.shape[1]))[:, None, None]
-        return F.scaled_dot_product_attention(
-            q, keys, values, attn_mask=allowed, scale=self.scale, enable_gqa=q.shape[1] != keys.shape[1]
-        )
 
 
 class Rotate(torch.autograd.Function):

@@ -32,12 +32,17 @@ class SwiGLU(torch.autograd.Function):
         return grad_x
 
 
+def rms_scale(x: Tensor, eps: float) -> Tensor:
+    """1 / sqrt(mean(x²) + eps) over the last dimension, [..., 1]."""
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+
+
 class RMSNormalize(torch.autograd.Function):
     """x / sqrt(mean(x²) + eps) · weight (Zhang and Sennrich 2019), [..., H], in the dtype of x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        scale = rms_scale(x, eps)
         ctx.save_for_backward(x, weight, scale)
         return (x * scale).mul_(weight)
 

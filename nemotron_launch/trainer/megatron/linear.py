@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if x.device.type == "cpu" and x.dtype == torch.float32 and onednn_is_faster():
         return _Linear.apply(x, weight, bias)
     return F.linear(x, weight, bias)
+
+
+def fixed_linear(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
+    """x to linear(x, weight, bias), without gradients, for a weight that stays the same for many calls.
+
+    Where oneDNN is used its copy of the weight is laid out once, as its kernels want it; the products are the same.
+    """
+    if weight.device.type == "cpu" and weight.dtype == torch.float32 and onednn_is_faster():
+        product = torch.ops.mkldnn._linear_pointwise.default
+        packed = torch.ops.mkldnn._reorder_linear_weight.default(weight.detach())
+        return lambda x: product(x, packed, bias, "none", [], "")
+    return lambda x: F.linear(x, weight, bias)
 
 
 class _Linear(torch.autograd.Function):
