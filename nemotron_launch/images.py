@@ -1,9 +1,12 @@
-"""References to container images, as a person writes them and as enroot wants them."""
+"""References to container images, as a person writes them and as enroot wants them, and where their files lie."""
 
 from __future__ import annotations
 
 import hashlib
+import posixpath
 import re
+from collections.abc import Mapping
+from typing import Any
 
 from nemotron_launch.errors import UserError
 from nemotron_launch.frozen import frozen
@@ -62,3 +65,8 @@ def parse(reference: str, key: str = "image") -> Image:
         if slash and ("." in registry or ":" in registry or registry == "localhost"):
             rest = f"{registry}#{name}"
     return Image(uri=f"{scheme}://{rest}")
+
+
+def folder(options: Mapping[str, Any], home: str) -> str:
+    """Where a profile keeps imported images. options: its keys; home: its remote_job_dir."""
+    return path(options.get("image_dir") or posixpath.join(home, "images"), "image_dir")

@@ -19,10 +19,11 @@ class Refused(UserError):
 
 @frozen
 class Submission:
-    """What the executor calls the run now. cluster: of a federation, else empty."""
+    """What the executor calls the run now. cluster: of a federation, else empty. notes: worth telling the user."""
 
     job_id: str
     cluster: str = ""
+    notes: tuple[str, ...] = ()
 
 
 @frozen

@@ -62,8 +62,14 @@ def render_job(job: Job) -> Rendered:
     if job.setup:
         files.append(File("setup.sh", _setup(job)))
     if image and image.uri:
-        files.append(File(IMPORT, fill("slurm/import_image.sbatch.j2", _import_values(job, image))))
+        files.append(File(IMPORT, import_script(image, job.options, posixpath.dirname(job.run_dir), job.run_dir)))
     return Rendered(MAIN, (*files, *job.files))
+
+
+def import_script(image: images.Image, options: Mapping[str, Any], home: str, log_dir: str) -> str:
+    """The batch script that imports an image. options, home: a profile's keys and remote_job_dir; log_dir: for its
+    output."""
+    return fill("slurm/import_image.sbatch.j2", _import_values(image, options, home, log_dir))
 
 
 def secrets_text(values: Mapping[str, str]) -> str:
@@ -82,14 +88,10 @@ def _check(job: Job) -> None:
             raise UserError(f"{service.name!r} is no name for a service", where="services", hint=hint)
         if not re.fullmatch(r"[!-~]*", service.health):
             raise UserError(f"{service.health!r} is no path of a URL", where=f"services.{service.name}.health")
-    if job.restart.max_restarts and job.options.get("requeue") is False:
-        hint = "set requeue: true, or max_restarts: 0"
-        raise UserError("a job that may not be requeued cannot restart itself", where="max_restarts", hint=hint)
 
 
 def _values(job: Job, image: images.Image | None) -> dict[str, Any]:
     """What the template of the sbatch script sees; strings are shell words unless said otherwise."""
-    image_dir = str(job.options.get("image_dir") or posixpath.join(posixpath.dirname(job.run_dir), "images"))
     return {
         "job": job,
         "directives": _directives(job),
@@ -99,6 +101,10 @@ def _values(job: Job, image: images.Image | None) -> dict[str, Any]:
         "claimed": CLAIMED,
         "resume_code": job.restart.resume_code,
         "max_restarts": job.restart.max_restarts,
+        "requeue": job.options.get("requeue", True),
+        "name": _word(job.run_id),
+        "comment": _word(f"{job.options['comment']} ", "comment") if job.options.get("comment") else "",
+        "checkpoints": _checkpoints(job),
         "bundle": _word(job.bundle.file, "bundle") if job.bundle else "",
         "bundle_sha256": job.bundle.sha256 if job.bundle else "",
         "secrets": bool(job.secrets),
@@ -107,7 +113,7 @@ def _values(job: Job, image: images.Image | None) -> dict[str, Any]:
         "points": len(job.points),
         "metrics": _metrics(job),
         "image_uri": _word(image.uri, "image") if image and image.uri else "",
-        "image_path": _image_path(job, image, image_dir) if image else "",
+        "image_path": _image_path(job, image) if image else "",
         "services": [_service(job, n) for n in range(len(job.services))],
         "trainer": _Step(
             "node",
@@ -123,6 +129,23 @@ def _metrics(job: Job) -> str:
     if job.points:
         return '"$output_dir"/metrics.jsonl'
     return _word(posixpath.join(job.workdir, job.output_dir, "metrics.jsonl"), "output_dir")
+
+
+def _checkpoints(job: Job) -> str:
+    """The folder of the step_N checkpoints, as a word of the script; empty where the job makes none."""
+    texts = [point.config for point in job.points] or [file.text for file in job.files if file.path == "config.yaml"]
+    found = re.search(r"^ +checkpoint_dir: (.+)$", texts[0], re.MULTILINE) if texts else None
+    if not found:
+        return ""
+    folder = found.group(1)
+    if folder.startswith(("'", '"')):
+        import yaml  # slow to import, and seldom needed
+
+        folder = yaml.safe_load(folder)
+    if not job.points:
+        return _word(posixpath.join(job.workdir, folder), "checkpointing.checkpoint_dir")
+    inside = posixpath.relpath(folder, job.points[0].output_dir)
+    return "" if inside.startswith("..") else f'"$output_dir"/{_word(inside)}'
 
 
 def _command(job: Job) -> str:
@@ -166,8 +189,9 @@ def _directives(job: Job) -> tuple[str, ...]:
         found.append("--exclusive")
     give("time", options.get("time"))
     give("signal", _signal(options.get("signal", "USR1@300")), "signal")
-    # Slurm's own requeue, after a node's failure or a preemption, is a restart like ours.
-    found.append("--requeue" if job.restart.max_restarts else "--no-requeue")
+    # Slurm's own requeue, after a node's failure or a preemption, is a restart like ours. Where it may not, another job
+    # goes on instead.
+    found.append("--requeue" if job.restart.max_restarts and options.get("requeue", True) else "--no-requeue")
     give("network", options.get("network"))
     give("segment", options.get("segment"))
     mail = options.get("mail") or {}
@@ -276,7 +300,7 @@ def _mounts(job: Job) -> list[Mount]:
     return [*job.container.mounts, Mount(home, home)]
 
 
-def _image_path(job: Job, image: images.Image, image_dir: str) -> str:
+def _image_path(job: Job, image: images.Image) -> str:
     """The image as a file: as given, or where its import puts it."""
     if job.container.runtime == "charliecloud" and not image.path:
         raise UserError(
@@ -284,7 +308,8 @@ def _image_path(job: Job, image: images.Image, image_dir: str) -> str:
             where="image",
             hint="make one:  ch-image pull …  and  ch-convert … /lustre/images/NAME.sqsh",
         )
-    return _word(image.path or posixpath.join(quoting.path(image_dir, "image_dir"), image.squash_name), "image")
+    image_dir = images.folder(job.options, posixpath.dirname(job.run_dir))
+    return _word(image.path or posixpath.join(image_dir, image.squash_name), "image")
 
 
 def _service(job: Job, n: int) -> dict[str, Any]:
@@ -347,10 +372,8 @@ def _setup(job: Job) -> str:
     return "# The profile's setup commands.\n" + "".join(f"{line}\n" for line in job.setup)
 
 
-def _import_values(job: Job, image: images.Image) -> dict[str, Any]:
-    options = job.options
-    home = posixpath.dirname(job.run_dir.rstrip("/"))
-    image_dir = quoting.path(options.get("image_dir") or posixpath.join(home, "images"), "image_dir")
+def _import_values(image: images.Image, options: Mapping[str, Any], home: str, log_dir: str) -> dict[str, Any]:
+    image_dir = images.folder(options, home)
     directives = [f"--job-name={sbatch('nemotron-image-' + image.squash_name, 'image')}", "--dependency=singleton"]
     for option, keys in {
         "account": ("account",),
@@ -366,7 +389,7 @@ def _import_values(job: Job, image: images.Image) -> dict[str, Any]:
         directives.append(f"--{directive}={f'gpu:{gpus}' if directive == 'gres' else gpus}")
     directives += [
         f"--time={sbatch(options.get('build_time') or '01:00:00', 'build_time')}",
-        f"--output={sbatch(posixpath.join(quoting.slurm_path(job.run_dir, 'remote_job_dir'), 'import-%j.out'))}",
+        f"--output={sbatch(posixpath.join(quoting.slurm_path(log_dir, 'remote_job_dir'), 'import-%j.out'))}",
     ]
     registry = image.uri.partition("://")[2].partition("#")[0] if "#" in image.uri else "docker.io"
     return {

@@ -8,9 +8,10 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from nemotron_launch import image_jobs
 from nemotron_launch.backends import slurm_scripts as scripts
 from nemotron_launch.backends.live import LogSource, Refused, Seen, Submission
-from nemotron_launch.backends.slurm import MAIN, SECRETS
+from nemotron_launch.backends.slurm import IMPORT, MAIN, SECRETS
 from nemotron_launch.backends.slurm_states import (
     Folder,
     Record,
@@ -74,11 +75,14 @@ class SlurmClient:
 
     def submit(self, run: Run, files: Sequence[Upload], *, after: Sequence[Run] = ()) -> Submission:
         """See Backend."""
-        options = self._after(run, after)
+        waits_for = self._after(run, after)
+        self.host.put(run.run_dir, files)
+        image = self._image(run, files)
+        waits_for += [image.job_id] if image.job_id else []
+        options = [f"--dependency=afterok:{':'.join(waits_for)}", "--kill-on-invalid-dep=yes"] if waits_for else []
         if run.point is not None:
             options.append(f"--array={run.point}")
-        self.host.put(run.run_dir, files)
-        return self._submit(run, options, {})
+        return replace(self._submit(run, options, {}), notes=image.notes)
 
     def submit_successor(self, run: Run) -> Submission:
         """See Backend."""
@@ -98,7 +102,7 @@ class SlurmClient:
         return self._submit(run, options, env, mark=mark)
 
     def _after(self, run: Run, after: Sequence[Run]) -> list[str]:
-        """The options with which a job waits for others. Slurm takes one that it has forgotten for ended well."""
+        """The jobs that a run waits for. Slurm takes one that it has forgotten for ended well."""
         waits_for = [one for one in after if one.state != "finished"]
         seen = self.poll([one for one in waits_for if one.job_id])
         ids = []
@@ -110,7 +114,23 @@ class SlurmClient:
             if state not in ("pending", "running"):
                 raise Refused(f"{run.run_id} cannot come after {one.run_id}, which is {state}", where="--after")
             ids.append((now.job_id if now else "") or one.job_id)
-        return [f"--dependency=afterok:{':'.join(ids)}", "--kill-on-invalid-dep=yes"] if ids else []
+        return ids
+
+    def _image(self, run: Run, files: Sequence[Upload]) -> image_jobs.Ensured:
+        """The import of the run's image, where it has one that is not there yet."""
+        if not any(file.path == IMPORT for file in files):
+            return image_jobs.Ensured()
+        script = image_jobs.ensure(run.run_dir, force=bool(run.options.get("force_squash")))
+        done = self.host.run(script, timeout=max(60.0, self._patience))
+        if done.code == scripts.NO_SLURM:
+            raise self._no_slurm("sbatch")
+        if done.code and _is_lost(done):
+            raise _no_answer("sbatch", done)
+        try:
+            return image_jobs.ensured(done)
+        except UserError as error:
+            self.host.run(f"rm -f {scripts.sh(posixpath.join(run.run_dir, SECRETS))}")
+            raise Refused(error.message, where=error.where, hint=error.hint, exit_code=1) from None
 
     def _submit(self, run: Run, options: Sequence[str], env: Mapping[str, str], mark: str = "") -> Submission:
         """sbatch, until its answer is known. mark: what its comment ends in, where the name says too little."""

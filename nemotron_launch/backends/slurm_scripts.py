@@ -11,14 +11,14 @@ BUSY = 75  # exit code: an sbatch for this folder is still under way
 NO_SLURM = 127  # exit code of a shell that does not find a command
 
 # Times as seconds since 1970, lists of array tasks in full, and nothing of the user's that changes what is printed.
-_PLAIN = """\
+PLAIN = """\
 unset $(env | sed -nE 's/^((SQUEUE|SACCT|SCONTROL|SBATCH|SRUN|SLURM)_[A-Z0-9_]*)=.*/\\1/p' | grep -vx SLURM_CONF)
 export SLURM_TIME_FORMAT=%s SLURM_BITSTR_LEN=0
 """
 
 # What sbatch sees of the environment, and with it the job: its whole environment would travel, tokens included, and
 # SBATCH_PARTITION would beat the script.
-_CLEAN = (
+CLEAN = (
     'env -i HOME="$HOME" PATH="$PATH" ${USER:+USER="$USER"} ${LOGNAME:+LOGNAME="$LOGNAME"} ${LANG:+LANG="$LANG"} '
     '${LD_LIBRARY_PATH:+LD_LIBRARY_PATH="$LD_LIBRARY_PATH"} '  # where sbatch comes from a module
     '${SHELL:+SHELL="$SHELL"} ${TZ:+TZ="$TZ"} ${SLURM_CONF:+SLURM_CONF="$SLURM_CONF"}'
@@ -37,7 +37,7 @@ command -v sbatch > /dev/null 2>&1 || exit {NO_SLURM}
 mkdir -p {sh(folder)} && cd {sh(folder)} || exit 1
 exec 9>> .submit.lock
 flock -n 9 2> /dev/null || {{ command -v flock > /dev/null 2>&1 && exit {BUSY}; }} || :
-{_CLEAN} {given} sbatch --parsable {sh_words([*where, *options])} {sh(script)} > .submitted
+{CLEAN} {given} sbatch --parsable {sh_words([*where, *options])} {sh(script)} > .submitted
 code=$?
 [ "$code" -ne 0 ] || cat .submitted
 [ "$code" -ne 0 ] || mv -f .submitted submitted
@@ -61,7 +61,7 @@ sacct {where}--allocations --parsable2 --format={SACCT_FORMAT} --name={sh(name)}
     )
     texts = " ".join(sh(folder) for folder in folders)
     return f"""\
-{_PLAIN}
+{PLAIN}
 mark() {{ printf '\\n==%s\\n' "$1"; }}
 mark folders
 (
@@ -82,25 +82,25 @@ echo "$code"
 def squeue(jobs: Iterable[str], cluster: str = "") -> str:
     """What the controller knows of these jobs."""
     where = f"--clusters={sh(cluster)} " if cluster else ""
-    return f"{_PLAIN}\n{_squeue(where + '--jobs=' + sh(','.join(jobs)))}\n"
+    return f"{PLAIN}\n{_squeue(where + '--jobs=' + sh(','.join(jobs)))}\n"
 
 
 def squeue_names(names: Iterable[str]) -> str:
-    return f"{_PLAIN}\n{_squeue('--name=' + sh(','.join(names)))}\n"
+    return f"{PLAIN}\n{_squeue('--name=' + sh(','.join(names)))}\n"
 
 
 def scontrol(jobs: Iterable[str], cluster: str = "") -> str:
     """The same in another form, for a squeue that does not know one of the fields."""
     where = f"--clusters={sh(cluster)} " if cluster else ""
     lines = [f"scontrol {where}--oneliner show job {sh(job)}" for job in jobs]
-    return _PLAIN + "\n".join(lines) + "\ntrue\n"
+    return PLAIN + "\n".join(lines) + "\ntrue\n"
 
 
 def sacct(jobs: Iterable[str], cluster: str = "") -> str:
     """What the accounting knows of jobs that the controller has forgotten."""
     where = f"--clusters={sh(cluster)} " if cluster else ""
     return f"""\
-{_PLAIN}
+{PLAIN}
 command -v sacct > /dev/null 2>&1 || exit {NO_SLURM}
 sacct {where}--allocations --parsable2 --format={SACCT_FORMAT} --jobs={sh(",".join(jobs))}
 """
@@ -108,7 +108,7 @@ sacct {where}--allocations --parsable2 --format={SACCT_FORMAT} --jobs={sh(",".jo
 
 def scancel(jobs: Iterable[str], cluster: str = "") -> str:
     where = f"--clusters={sh(cluster)} " if cluster else ""
-    return f"{_PLAIN}\nscancel {where}{sh_words(jobs)}\n"
+    return f"{PLAIN}\nscancel {where}{sh_words(jobs)}\n"
 
 
 def logs(state_dir: str, run_dir: str, point: int | None) -> str:

@@ -155,6 +155,7 @@ def test_command_environment_and_secrets_arrive_as_the_same_bytes(
         rendered = render(job)
         # The image is looked for on the cluster's file system, which is this one here.
         rendered = replace_text(rendered, "[[ -e $image ]]", "true")
+        rendered = replace_text(rendered, "[[ -d $image ]]", "true")
         for file in rendered.files:
             (run_dir / file.path).write_bytes(file.text.encode())
         (run_dir / "secrets.env").write_bytes(secrets_text({"SECRET": secret}).encode())

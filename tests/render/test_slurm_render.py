@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 from nemotron_launch.errors import UserError
 from nemotron_launch.job import Bundle, Container, File, Job, Mount, Restart, Secret, Service
 from nemotron_launch.render import render
+from tests.enroot import Enroot
 
 HERE = Path(__file__).parent
 
@@ -199,28 +201,23 @@ def test_a_template_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 # The import of the image, with a stand-in for enroot.
 
-ENROOT = """#!/bin/bash
-printf '%s\\n' "$@" > "$RECORD"
-[[ -z ${REFUSES:-} ]] || { echo "[ERROR] URL https://nvcr.io/v2/ returned error code: 401 Unauthorized" >&2; exit 1; }
-printf 'hsqs-and-so-on' > "$3"
-"""
+
+@pytest.fixture
+def enroot(tmp_path: Path) -> Enroot:
+    return Enroot(tmp_path / "bin")
 
 
 @pytest.fixture
-def import_image(tmp_path: Path) -> Any:
-    bin_dir, images = tmp_path / "bin", tmp_path / "images"
-    bin_dir.mkdir()
-    (bin_dir / "enroot").write_text(ENROOT)
-    (bin_dir / "enroot").chmod(0o755)
+def import_image(tmp_path: Path, enroot: Enroot) -> Any:
+    images = tmp_path / "images"
     job = replace(EXAMPLE, options={"image_dir": str(images)})
     script = next(file.text for file in render(job).files if file.path == "import_image.sbatch")
 
     def run(**env: str) -> Any:
-        record = tmp_path / "record"
-        record.unlink(missing_ok=True)
-        environ = {"PATH": f"{bin_dir}:{os.environ['PATH']}", "RECORD": str(record), **env}
-        done = subprocess.run(["bash"], input=script, env=environ, capture_output=True, text=True)
-        return done, record.read_text().splitlines() if record.exists() else [], images
+        environ = {"PATH": f"{enroot.folder}:{os.environ['PATH']}", **env}
+        before = len(enroot.imports)
+        done = subprocess.run(["bash"], input=script, env=environ, capture_output=True, text=True, timeout=60)
+        return done, enroot.imports[before:], images
 
     return run
 
@@ -231,10 +228,11 @@ SQUASH = "nvcr.io+nvidia+nemo-rl+v0.6.0.sqsh"
 def test_an_import_makes_a_whole_squash_file_and_notes_its_digest(import_image: Any) -> None:
     done, asked, images = import_image()
     assert done.returncode == 0, done
-    assert asked[:2] == ["import", "--output"] and asked[3:] == ["docker://nvcr.io#nvidia/nemo-rl:v0.6.0"]
-    assert (images / SQUASH).read_text() == "hsqs-and-so-on"
+    assert asked[0][:2] == ["import", "--output"] and asked[0][3:] == ["docker://nvcr.io#nvidia/nemo-rl:v0.6.0"]
+    assert subprocess.run(["unsquashfs", "-stat", images / SQUASH], capture_output=True).returncode == 0
     noted = json.loads((images / f"{SQUASH}.json").read_text())
-    assert noted["uri"] == asked[3] and len(noted["sha256"]) == 64
+    assert noted["uri"] == asked[0][3] and noted["digest"] == "sha256:" + "1" * 64
+    assert noted["sha256"] == hashlib.sha256((images / SQUASH).read_bytes()).hexdigest()
     assert sorted(path.name for path in images.iterdir()) == [".enroot", SQUASH, f"{SQUASH}.json"]
 
 
@@ -243,18 +241,34 @@ def test_an_image_that_is_there_is_not_imported_again_unless_forced(import_image
     done, asked, _ = import_image()
     assert done.returncode == 0 and asked == []
     _, asked, _ = import_image(NEMOTRON_FORCE_SQUASH="1")
-    assert asked[0] == "import"
+    assert asked[0][0] == "import"
 
 
-def test_half_a_file_is_imported_again(import_image: Any) -> None:
+@pytest.mark.parametrize("size", [0, 4000])
+def test_half_a_file_is_imported_again(size: int, import_image: Any) -> None:
     _, _, images = import_image()
-    (images / SQUASH).write_text("")
+    with (images / SQUASH).open("r+b") as file:
+        file.truncate(min(size, (images / SQUASH).stat().st_size - 4096))
     _, asked, _ = import_image()
-    assert asked[0] == "import"
+    assert asked[0][0] == "import"
 
 
-def test_a_refused_login_names_the_registry_and_the_file_of_credentials(import_image: Any) -> None:
-    done, _, images = import_image(REFUSES="1")
+def test_an_enroot_that_knows_no_digests_will_do(import_image: Any, enroot: Enroot) -> None:
+    enroot.means("Usage: enroot COMMAND [ARG...]")
+    done, _, images = import_image()
+    assert done.returncode == 0 and json.loads((images / f"{SQUASH}.json").read_text())["digest"] == ""
+
+
+def test_a_refused_login_names_the_registry_and_the_file_of_credentials(import_image: Any, enroot: Enroot) -> None:
+    enroot.refuses()
+    done, _, images = import_image()
     assert done.returncode == 1
     assert "nvcr.io refuses the login" in done.stderr and "~/.config/enroot/.credentials" in done.stderr
-    assert not (images / SQUASH).exists()
+    assert not (images / SQUASH).exists() and not list(images.glob("*.lock"))
+
+
+def test_an_image_folder_that_cannot_be_made_is_named(tmp_path: Path, import_image: Any) -> None:
+    (tmp_path / "images").write_text("in the way")
+    done, asked, images = import_image()
+    assert done.returncode == 1 and asked == []
+    assert f"error: {images} cannot be made: image_dir of the profile names another folder" in done.stderr
