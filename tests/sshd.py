@@ -234,8 +234,8 @@ class Relay:
                 self._flowing.wait()
                 time.sleep(self._delay)
                 if counted and self._cut_at is not None and self.sent + len(data) >= self._cut_at:
-                    to.sendall(data[: max(0, self._cut_at - self.sent)])
-                    self._cut_at = None
+                    data, self._cut_at = data[: max(0, self._cut_at - self.sent)], None
+                    to.sendall(data)
                     break
                 to.sendall(data)
                 self.sent += len(data) if counted else 0

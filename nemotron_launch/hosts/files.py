@@ -20,6 +20,7 @@ NONE_THERE = 44  # exit code of a script that found nothing at its path
 
 _REASONS = (
     ("No space left on device", "no space left", "free some there, or choose a folder on another file system"),
+    ("Wrote only", "no space left", "free some there, or choose a folder on another file system"),  # tar says so
     ("Disk quota exceeded", "the disk quota is used up", "free some there, or choose a folder on another file system"),
     ("Read-only file system", "the file system is read-only", "choose another folder"),
     ("Permission denied", "permission denied", "choose a folder that you may use, or ask who owns it"),

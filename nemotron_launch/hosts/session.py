@@ -20,6 +20,7 @@ from nemotron_launch.hosts import Entry, Result, Unreachable, Upload, files
 from nemotron_launch.hosts.shell import loop, remote_command, terminal_command
 
 QUIET = 60.0  # seconds without a byte in either direction after which a connection counts as dead
+ANEW = "the next command connects anew"
 AT_ONCE = 1 << 15  # bytes that fit in any buffer on the way, so that sending them cannot block
 
 
@@ -63,6 +64,14 @@ class _Answer:
     stderr: bytes
 
 
+class _Ended(Unreachable):
+    """The connection is over, and nothing is known of why."""
+
+
+class _Unsent(Unreachable):
+    """It was over before the script had left: that did not run."""
+
+
 class _Session:
     """The loop of shell.py at the other end of a link."""
 
@@ -74,26 +83,26 @@ class _Session:
         self.open = True
         said = bytearray()
         try:
-            for chunk in self._answer(program.encode(), quiet=QUIET, said=said):
+            for chunk in self._answer(self._send(program.encode()), quiet=QUIET, said=said):
                 said += chunk[:1000]
-        except Unreachable as error:
+        except _Ended as error:
             heard = said.decode(errors="replace").strip()
-            if not heard or "seconds" in error.message:
+            if not heard:
                 raise
             raise Unreachable(
                 f"{self._name} gave no shell; it said: {heard[-1000:]}",
                 hint="a shell, sh, head, tar and env are needed there; a profile script may end the session",
                 exit_code=1,
-            ) from None
+            ) from error
 
     def ask(self, script: str, stdin: bytes, *, quiet: float, total: float | None) -> Generator[bytes, None, _Answer]:
-        """Standard output in pieces as they come, and how the script ended."""
+        """Standard output in pieces as they come, and how the script ended. _Unsent where it certainly did not run."""
         text = os.fsencode(script)
         if b"\0" in text:
             raise UserError("a script holds a zero byte")
         text += f"\n#{self._mark}".encode()
         request = f"{len(text)} {len(stdin)}\n".encode() + text
-        return self._answer(request + stdin, quiet=quiet, total=total)
+        return self._answer(self._send(request + stdin), quiet=quiet, total=total)
 
     def alive(self) -> bool:
         """Whether the link has not ended, as far as this machine knows."""
@@ -108,10 +117,17 @@ class _Session:
         self.open = False
         self._link.close()
 
+    def _send(self, request: bytes) -> _Sender:
+        try:
+            return _Sender(self._link, request)
+        except OSError:
+            self.close()
+            text = f"{self._name} ended the connection"
+            raise _Unsent(text, hint=ANEW, exit_code=1) from None
+
     def _answer(
-        self, request: bytes, *, quiet: float, total: float | None = None, said: bytearray | None = None
+        self, sender: _Sender, *, quiet: float, total: float | None = None, said: bytearray | None = None
     ) -> Generator[bytes, None, _Answer]:
-        sender = _Sender(self._link, request)
         out, err = _Marked(self._mark.encode() * 2), _Marked(self._mark.encode() * 2)
         heard = asked = time.monotonic()
         complete = False
@@ -121,7 +137,8 @@ class _Session:
                 left = asked + total - now if total is not None else max(heard, sender.progress) + quiet - now
                 if left <= 0:
                     seconds = total if total is not None else quiet
-                    raise self._lost(f"did not answer within {seconds:g} seconds")
+                    text = f"{self._name} did not answer within {seconds:g} seconds"
+                    raise Unreachable(text, hint=ANEW, exit_code=1)
                 new_out, new_err = self._link.receive(min(left, 5.0))
                 if new_out or new_err:
                     heard = time.monotonic()
@@ -132,15 +149,12 @@ class _Session:
                     said += new_err[:1000]
             complete = True
             return _Answer(int(out.behind), err.text)
-        except (EOFError, OSError) as error:
-            why = f": {error}" if isinstance(error, OSError) and str(error) else ""
-            raise self._link.ended() or self._lost(f"ended the connection{why}") from None
+        except (EOFError, OSError):
+            text = f"{self._name} ended the connection"
+            raise self._link.ended() or _Ended(text, hint=ANEW, exit_code=1) from None
         finally:
             if not complete:
                 self.close()
-
-    def _lost(self, what: str) -> Unreachable:
-        return Unreachable(f"{self._name} {what}", hint="the next command connects anew", exit_code=1)
 
 
 class _Sender:
@@ -243,7 +257,7 @@ class Remote:
 
     def fetch(self, path: str, to: Path) -> None:
         with self._lock:
-            pieces = _Pieces(self._opened().ask(files.sending(path), b"", quiet=QUIET, total=None))
+            pieces = self._begun(files.sending(path), b"", None)
             pipe = files.Pipe(pieces)
             try:
                 kind = pipe.read(1)
@@ -288,12 +302,18 @@ class Remote:
         total: float | None = None,
     ) -> _Answer:
         with self._lock:
-            pieces = _Pieces(self._opened().ask(script, stdin, quiet=QUIET, total=total))
+            pieces = self._begun(script, stdin, total)
             with _uninterrupted():
                 for piece in pieces:
                     each(piece)
         assert pieces.answer is not None
         return pieces.answer
+
+    def _begun(self, script: str, stdin: bytes, total: float | None) -> _Pieces:
+        try:
+            return _Pieces(self._opened().ask(script, stdin, quiet=QUIET, total=total))
+        except _Unsent:  # it was cut while it lay idle
+            return _Pieces(self._opened().ask(script, stdin, quiet=QUIET, total=total))
 
     def _opened(self) -> _Session:
         if self._session is None or not self._session.alive():

@@ -70,6 +70,6 @@ def host(
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A folder with a name that no shell likes."""
-    made = tmp_path / "-it's a \"test\"\n$HOME;`x` é"
+    made = tmp_path / '-it\'s a "test"\n$HOME;`x` é'
     made.mkdir()
     return made
