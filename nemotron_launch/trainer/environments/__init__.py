@@ -57,11 +57,12 @@ class Environment(Protocol):
         """End workers and servers that were started."""
 
 
-def open_environments(config: Mapping[str, Any], *, step_dir: Path | None = None) -> Environments:
+def open_environments(config: Mapping[str, Any], *, step_dir: Path | None = None, rank: int = 0) -> Environments:
     """All environments that a composed config's rows may choose; each starts when its first row comes.
 
-    step_dir: what `step://` stands for. A context manager: workers and servers end with it.
+    step_dir: what `step://` stands for; rank: tells the files of several processes apart. A context manager: workers
+    and servers end with it.
     """
     from nemotron_launch.trainer.environments.router import Environments
 
-    return Environments(config, step_dir=step_dir)
+    return Environments(config, step_dir=step_dir, rank=rank)

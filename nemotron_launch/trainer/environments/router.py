@@ -142,6 +142,19 @@ class Environments:
             from nemotron_launch.trainer.environments.code import CodeEnvironment
 
             return CodeEnvironment(self._env["code"])
+        if name == "nemo_gym":
+            from nemotron_launch.trainer.environments.nemo_gym import NemoGymEnvironment
+
+            return NemoGymEnvironment(self._env["nemo_gym"])
+        if name == "judge":
+            from nemotron_launch.trainer.environments.judge import JudgeEnvironment
+
+            output_dir = Path(self._config["output_dir"])
+            return JudgeEnvironment(self._env["judge"], step_dir=self._step_dir, output_dir=output_dir, rank=self._rank)
+        if name == "reward_model":
+            from nemotron_launch.trainer.environments.reward_model import RewardModelEnvironment
+
+            return RewardModelEnvironment(self._env["reward_model"], step_dir=self._step_dir)
         raise UserError(f"there is no environment {name}", where="env_name")
 
     def _verified(self, verifier: Verifier, section: str = "verifiers", *, ours: bool = True) -> Environment:
@@ -152,7 +165,10 @@ class Environments:
 
 
 def _problems(environment: Environment, rows: Sequence[Mapping[str, Any]]) -> Iterable[str]:
-    """What an environment has against each row; one that only checks all of them says it of each in turn."""
+    """What an environment has against each row; one that only checks has nothing against single rows."""
+    problems = getattr(environment, "problems", None)
+    if problems is not None:
+        return list(problems(rows))
     problem: Callable[[Mapping[str, Any]], str] | None = getattr(environment, "problem", None)
     if problem is not None:
         return [problem(row) for row in rows]
