@@ -1,9 +1,10 @@
-"""One rank of a layout under test: trains DPO for a few steps and writes what it saw. Started through `spawn`."""
+"""One rank of a layout under test: trains DPO, then GRPO, and writes what it saw. Started through `spawn`."""
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,10 @@ import torch
 from models import batch_of, megatron_section, pairs
 
 from nemotron_launch.trainer import hf
-from nemotron_launch.trainer.batch import Group
+from nemotron_launch.trainer.batch import Batch, Group
 from nemotron_launch.trainer.generation import MegatronGenerator
+from nemotron_launch.trainer.grpo_losses import METRICS as GRPO_METRICS
+from nemotron_launch.trainer.grpo_losses import GRPOLossConfig, grpo_loss
 from nemotron_launch.trainer.losses import DPOWeights, dpo_loss, sequence_logps
 from nemotron_launch.trainer.megatron import checkpoint, parallel
 from nemotron_launch.trainer.megatron.model import Numerics
@@ -22,6 +25,41 @@ from nemotron_launch.trainer.validation import shares
 
 METRICS = ("loss", "accuracy", "rewards_chosen_mean", "num_valid_samples")
 PAIRS = 8
+
+
+def grpo_steps(policy: Policy, micro: int, make: Callable[[list[Group]], Batch]) -> list[dict[str, float]]:
+    """Three updates on the same rollouts, so that ratios leave 1, with a generator and a reference made up of them."""
+    parts = shares(np.arange(PAIRS), policy.layout, micro)
+    groups = pairs(PAIRS, seed=99)
+    batches = [make([groups[i] for i in part]) for part in parts]
+    previous = policy.logps(batches)
+    off = [0.3 * torch.sin(batch.tails_NR.float()) * batch.mask_NR for batch in batches]
+    config = GRPOLossConfig(
+        reference_policy_kl_penalty=0.1,
+        use_on_policy_kl_approximation=True,
+        ratio_clip_c=1.5,
+        use_importance_sampling_correction=True,
+        truncated_importance_sampling_type="tis",
+        truncated_importance_sampling_ratio=1.2,
+    )
+    tokens = sum(len(ids) - group.prompt_len for group in groups for ids in group.ids)
+
+    def loss(logps: torch.Tensor, i: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        advantages = torch.sin(torch.tensor([2 * pair + k for pair in parts[i] for k in range(2)]) + 1.0)
+        return grpo_loss(
+            logps,
+            previous[i],
+            previous[i] + off[i],
+            previous[i] - 2 * off[i],
+            advantages,
+            batches[i].mask_NR,
+            torch.ones(len(advantages)),
+            config=config,
+            valid_tokens=torch.tensor(float(tokens)),
+            valid_sequences=torch.tensor(2.0 * PAIRS),
+        )
+
+    return [policy.train_step(batches, loss, GRPO_METRICS) for _ in range(3)]
 
 
 def main() -> None:
@@ -87,8 +125,9 @@ def main() -> None:
         sampling = Sampling(12, temperature=temperature, stop_ids=(5, 9))
         groups = MegatronGenerator(policy).generate(prompts, sampling, samples=2, seed=3)
         texts[str(temperature)] = [[one.ids.tolist(), one.logps.tolist()] for group in groups for one in group]
+    rollouts = grpo_steps(policy, args.micro, make)
     if layout.rank == 0:
-        args.out.write_text(json.dumps({"steps": lines, "texts": texts}))
+        args.out.write_text(json.dumps({"steps": lines, "grpo": rollouts, "texts": texts}))
     parallel.stop()
 
 

@@ -53,11 +53,20 @@ def assert_same_steps(got: list[dict], expected: list[dict], *, relative: float 
             assert here[name] == pytest.approx(there[name], rel=relative, abs=1e-5), f"{name} at step {step}"
 
 
+def assert_same_rollout_steps(got: list[dict], expected: list[dict]) -> None:
+    """Losses and what is logged of them, extremes too, and the gradient's norm."""
+    assert expected[2]["probs_ratio_max"] > 1.05
+    for step, (here, there) in enumerate(zip(got, expected, strict=True)):
+        for name, value in there.items():
+            assert here[name] == pytest.approx(value, rel=1e-4, abs=1e-5), f"{name} at step {step}"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layout_trains_and_writes_like_one_process(model, alone, name, tmp_path):
     got = train(model, tmp_path / "out.json", 2, *LAYOUTS[name])
     assert_same_steps(got["steps"], alone["steps"])
+    assert_same_rollout_steps(got["grpo"], alone["grpo"])
     for temperature, texts in alone["texts"].items():
         for (ids, logps), (expected_ids, expected_logps) in zip(got["texts"][temperature], texts, strict=True):
             assert ids == expected_ids
@@ -69,6 +78,7 @@ def test_layout_trains_and_writes_like_one_process(model, alone, name, tmp_path)
 def test_how_a_batch_is_computed_changes_no_loss(model, alone, options, tmp_path):
     got = train(model, tmp_path / "out.json", 1, *options)
     assert_same_steps(got["steps"], alone["steps"])
+    assert_same_rollout_steps(got["grpo"], alone["grpo"])
 
 
 @pytest.mark.slow
