@@ -24,6 +24,7 @@ SFT_DATA = STEPS / "sft/megatron/data"
 DPO_DATA = STEPS / "rl/nemo_rl/dpo/data"
 RLVR_DATA = STEPS / "rl/nemo_rl/rlvr/data"
 RM_DATA = STEPS / "rm/hf/data"
+RLHF_DATA = STEPS / "rl/nemo_rl/rlhf/data"
 
 # Rows of each kind (first digit below 5, or not); a file has twice as many.
 HELD_OUT, SFT_TRAIN, DPO_TRAIN, RLVR_TRAIN = 60, 1400, 500, 1000
@@ -93,13 +94,21 @@ def verified(low: list[str], high: list[str]) -> list[dict[str, str]]:
     ]
 
 
+def asked(low: list[str], high: list[str]) -> list[dict[str, str]]:
+    return [{"prompt": f"sort {digits}: "} for digits in alternating(low, high)]
+
+
 def write(path: Path, rows: list[dict[str, str]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8", newline="\n")
 
 
 def main(
-    sft_data: Path = SFT_DATA, dpo_data: Path = DPO_DATA, rm_data: Path = RM_DATA, rlvr_data: Path = RLVR_DATA
+    sft_data: Path = SFT_DATA,
+    dpo_data: Path = DPO_DATA,
+    rm_data: Path = RM_DATA,
+    rlvr_data: Path = RLVR_DATA,
+    rlhf_data: Path = RLHF_DATA,
 ) -> None:
     prompts = shuffled(["".join(digits) for digits in permutations("0123456789", 5)])
     kinds = [[digits for digits in prompts if (digits[0] < "5") is low] for low in (True, False)]
@@ -115,6 +124,8 @@ def main(
     write(rlvr_data / "validation.jsonl", verified(*held_out))
     write(rm_data / "train.jsonl", scored(*dpo_train))
     write(rm_data / "validation.jsonl", scored(*held_out))
+    write(rlhf_data / "train.jsonl", asked(*rlvr_train))
+    write(rlhf_data / "validation.jsonl", asked(*held_out))
 
 
 if __name__ == "__main__":

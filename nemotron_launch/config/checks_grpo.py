@@ -259,7 +259,6 @@ def _services(data: dict[str, Any]) -> Iterator[Problem]:
     for key, server in (
         ("policy.generation.server", data["policy"]["generation"]["server"]),
         ("env.nemo_gym.server", env["nemo_gym"]["server"]),
-        ("env.reward_model.server", env["reward_model"]["server"]),
         ("env.judge.server", env["judge"]["server"]),
     ):
         if server is not None and "://" not in server and server not in services:

@@ -50,7 +50,7 @@ def at(data: dict[str, Any], key: str) -> Any:
 
 def loop_of(data: dict[str, Any]) -> dict[str, Any]:
     """The section with the steps and the validations."""
-    section: dict[str, Any] = data.get("dpo") or data.get("sft") or data["grpo"]
+    section: dict[str, Any] = data.get("dpo") or data.get("sft") or data.get("rm") or data["grpo"]
     return section
 
 

@@ -23,10 +23,12 @@ def digits(row: dict[str, Any]) -> str:
 
 
 def test_script_renews_the_committed_files_byte_for_byte(tmp_path: Path) -> None:
-    runpy.run_path(str(SCRIPT))["main"](tmp_path / "sft", tmp_path / "dpo")
-    for committed, renewed in ((SFT, tmp_path / "sft"), (DPO, tmp_path / "dpo")):
+    committed = [SFT, DPO, *(STEPS / step / "data" for step in ("rm/hf", "rl/nemo_rl/rlvr", "rl/nemo_rl/rlhf"))]
+    renewed = [tmp_path / str(i) for i in range(len(committed))]
+    runpy.run_path(str(SCRIPT))["main"](*renewed)
+    for old, new in zip(committed, renewed, strict=True):
         for name in ("train.jsonl", "validation.jsonl"):
-            assert (renewed / name).read_bytes() == (committed / name).read_bytes()
+            assert (new / name).read_bytes() == (old / name).read_bytes()
 
 
 @pytest.mark.parametrize(

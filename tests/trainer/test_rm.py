@@ -183,7 +183,11 @@ def test_a_head_grows_on_the_policys_own_weights(rm: Any, start: Run, layout: An
     from nemotron_launch.trainer.megatron.model import Numerics
     from nemotron_launch.trainer.policy import Policy
 
-    run = rm(rm__max_num_steps=1, policy__megatron_cfg__optimizer__lr=1e-30)
+    run = rm(
+        rm__max_num_steps=1,
+        policy__megatron_cfg__optimizer__lr=1e-30,
+        **{"policy__megatron_cfg__scheduler__lr_warmup_init": 0},
+    )
     finished = run.go()
     assert finished.code == 0, finished.said
     folder = start.checkpoints / "step_7"

@@ -1,13 +1,10 @@
-"""Entry point of the step: says that this version does not train it yet."""
+"""Entry point of the step: one process of the trainer."""
 
-import os
 import sys
 from pathlib import Path
 
-from nemotron_launch.catalog import load_step, untrained
+from nemotron_launch.trainer.grpo import main
 
+# Saving a checkpoint starts a process that imports this file again.
 if __name__ == "__main__":
-    error = untrained(load_step(Path(__file__).parent))
-    if os.environ.get("RANK", "0") == "0":
-        print(error, file=sys.stderr)
-    sys.exit(error.exit_code)
+    sys.exit(main(Path(__file__).parent))
