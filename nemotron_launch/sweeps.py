@@ -141,6 +141,12 @@ def compile_sweep(
     warnings: dict[str, None] = {}
     for job, one in zip(jobs, all_composed, strict=True):
         warnings.update(dict.fromkeys(crosschecks.warnings(job, one, profile)))
+        if submits and executor == "local":
+            continue  # what is missing is made first, or refused
+        if one.get("run.make_missing") or Path(job.workdir).is_dir():
+            from nemotron_launch.inputs import notes
+
+            warnings.update(dict.fromkeys(notes(step, one, job, profile)))
     array = None if executor == "local" else _array(jobs, points, all_composed, max_parallel)
     return Sweep(
         step=step,

@@ -18,6 +18,7 @@ from nemotron_launch.backends.live import LogSource, Refused, Seen, Submission
 from nemotron_launch.backends.local import keep_from_git
 from nemotron_launch.backends.local_supervisor import TASK
 from nemotron_launch.errors import UserError
+from nemotron_launch.frozen import replace
 from nemotron_launch.hosts import Host, Upload, open_host
 from nemotron_launch.jobs.process import alive
 from nemotron_launch.jobs.run import Run
@@ -41,6 +42,9 @@ class LocalClient:
         if found := self.find(run):
             return found
         folder = Path(run.state_dir)
+        if run.point is not None:  # alone, out of its sweep's files
+            own = f"{folder.name}/"
+            files = [replace(file, path=file.path.removeprefix(own)) for file in files if file.path.startswith(own)]
         assert self.host is not None
         try:
             keep_from_git(Path(run.run_dir))
@@ -103,10 +107,9 @@ class LocalClient:
         found = []
         for logs in sorted((folder / local_folder.LOGS).glob("attempt-*"), key=_number):
             found += [LogSource(_number(logs), path.stem, str(path)) for path in sorted(logs.glob("*.log"))]
-        home = folder if local_folder.holder(folder) else folder.parent
-        if (home / OUT).exists():
-            found.append(LogSource(0, "job", str(home / OUT)))
-        elif (log := Path(run.output_dir, "train.log")).exists():
+        if (folder / OUT).exists():  # a sweep's tells of all its points
+            found.append(LogSource(0, "job", str(folder / OUT)))
+        elif not found and (log := Path(run.output_dir, "train.log")).exists():
             found.append(LogSource(0, "train", str(log)))  # attached: all else went to its terminal
         return found
 

@@ -120,7 +120,9 @@ class SlurmClient:
         """The import of the run's image, where it has one that is not there yet."""
         if not any(file.path == IMPORT for file in files):
             return image_jobs.Ensured()
-        script = image_jobs.ensure(run.run_dir, force=bool(run.options.get("force_squash")))
+        # Anew for the first submission only: whoever submits the run again wants it to go on.
+        force = bool(run.options.get("force_squash")) and run.submitted is None
+        script = image_jobs.ensure(run.run_dir, force=force)
         done = self.host.run(script, timeout=max(60.0, self._patience))
         if done.code == scripts.NO_SLURM:
             raise self._no_slurm("sbatch")

@@ -16,6 +16,7 @@ from nemotron_launch.errors import UserError
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
+    from nemotron_launch.cli.submit import Asked
     from nemotron_launch.job import Job
     from nemotron_launch.profiles import Profile
 
@@ -224,23 +225,32 @@ def run(
     path = find_config(step, config)
     profile = _load_profile(attached or detached, profiles, force_squash)
     if axes:
-        from nemotron_launch.cli.sweeps import Asked, run_sweep
+        from nemotron_launch.cli import sweeps
 
-        asked = Asked(axes, pairs, max_parallel or 0, run_id, dry_run, output)
-        ctx.exit(run_sweep(step, path, asked, overrides, profile, passthrough, attached=detached is None))
+        sweep = sweeps.Asked(axes, pairs, max_parallel or 0, run_id)
+        if dry_run:
+            ctx.exit(sweeps.show_sweep(step, path, sweep, overrides, profile, passthrough, detached is None, output))
+        how = _how(detached is None, after, on_interrupt, as_json, force_squash)
+        ctx.exit(sweeps.submit_sweep(step, path, sweep, overrides, profile, passthrough, how))
     if dry_run:
         _dry_run(step, path, overrides, profile, passthrough, detached is None, run_id, output)
     elif profile is not None and profile.executor == "lepton":
         _refuse_to_submit()
     elif profile is not None and (detached is not None or profile.executor != "local"):
-        from nemotron_launch.cli import submit
+        from nemotron_launch.cli.submit import submit_run
 
-        how = submit.Asked(detached is None, after, on_interrupt, as_json)
-        ctx.exit(submit.submit_run(step, path, overrides, passthrough, profile, how, run_id=run_id))
+        how = _how(detached is None, after, on_interrupt, as_json, force_squash)
+        ctx.exit(submit_run(step, path, overrides, passthrough, profile, how, run_id=run_id))
     else:
         from nemotron_launch.backends.local import run_stages
 
         ctx.exit(run_stages(step, path, overrides, passthrough, profile, run_id=run_id))
+
+
+def _how(attached: bool, after: tuple[str, ...], on_interrupt: str | None, as_json: bool, force_squash: bool) -> Asked:
+    from nemotron_launch.cli.submit import Asked
+
+    return Asked(attached, after, on_interrupt, as_json, force_squash)
 
 
 def _check_options(

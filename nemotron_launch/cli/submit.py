@@ -25,12 +25,16 @@ if TYPE_CHECKING:
 
 @frozen
 class Asked:
-    """How a run is submitted. attached: -r, not -b. after: names of runs that must finish first."""
+    """How a run is submitted. attached: -r, not -b. after: names of runs that must finish first.
+
+    force_squash: its image is imported anew.
+    """
 
     attached: bool
     after: tuple[str, ...] = ()
     on_interrupt: str | None = None
     as_json: bool = False
+    force_squash: bool = False
 
 
 def submit_run(
@@ -45,18 +49,29 @@ def submit_run(
 ) -> int:
     """Submit a step to where the profile says; the exit code of the command, attached that of the run."""
     require_trains(step)
+    if profile.executor == "local":
+        planned = _staged(step, config, overrides, passthrough, profile, run_id)
+    else:
+        planned = [_compiled(step, config, overrides, passthrough, profile, run_id, asked.attached)]
+    return submit_all([(run, files, []) for run, files in planned], asked)
+
+
+def submit_all(planned: Sequence[tuple[Run, Sequence[Upload], Sequence[Run]]], asked: Asked) -> int:
+    """Submit runs, each after the one before it, and follow the last one if that was asked for; the exit code.
+
+    planned: of each run its row, its files and, of a sweep, the rows of its points.
+    """
     with Ledger() as ledger, Backends() as backends:
         settle(ledger, backends, warn)
         named = [run for name in asked.after for run in ledger.find(name)]
         before = [known.run for known in refresh(ledger, backends, named, warn)]
-        if profile.executor == "local":
-            planned = _staged(step, config, overrides, passthrough, profile, run_id)
-        else:
-            planned = [_compiled(step, config, overrides, passthrough, profile, run_id, asked.attached)]
         rows: list[Run] = []
-        for run, files in planned:
-            rows = _submit(ledger, backends, replace(run, after=tuple(one.run_id for one in before)), files, before)
-            before = rows
+        for run, files, points in planned:
+            after = tuple(one.run_id for one in before)
+            options = {**run.options, "force_squash": True} if asked.force_squash else run.options
+            run = replace(run, after=after, options=options)
+            points = [replace(point, after=after, options=options) for point in points]
+            before = rows = _submit(ledger, backends, run, files, before, points=points)
             if not asked.as_json:
                 say_submitted(rows, asked.attached)
         if asked.as_json:
@@ -127,11 +142,14 @@ def _staged(
 
 def say_submitted(rows: Sequence[Run], attached: bool) -> None:
     """Run id, job id, folder, and the commands that come next. On stderr when the log follows."""
-    run, name = rows[0], rows[0].sweep or rows[0].run_id
-    job = run.job_id.partition("_")[0] if run.sweep else run.job_id
-    what = f"{len(rows)} points" if run.sweep else f"{run.step} -c {run.config}"
+    run, whole = rows[0], len(rows) > 1
+    name = run.sweep if whole else run.run_id
+    job = run.job_id.partition("_")[0] if whole else run.job_id
+    what = f"{len(rows)} points" if whole else " ".join(run.overrides if run.sweep else [run.step, "-c", run.config])
     where = {"local": "in the background here, process"}.get(run.executor, f"on {run.host or 'this cluster'}, job")
     lines = [f"{click.style(name, bold=True)}: {what}, {where} {job}", f"  folder  {run.run_dir}"]
+    if run.reason:
+        lines.append(f"  note    {run.reason}")
     if not attached:
         lines += [f"  log     nemotron jobs logs {name} -f", f"  state   nemotron jobs status {name}"]
         lines += [f"  end it  nemotron jobs cancel {name}"]

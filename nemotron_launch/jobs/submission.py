@@ -149,15 +149,15 @@ def place(
         ledger.change_all([(row, refused) for row in rows])
         hint = "\n".join(filter(None, [error.hint, f"when that is put right:  nemotron jobs resubmit {run.run_id}"]))
         raise Refused(error.message, where=error.where, hint=hint, exit_code=error.exit_code) from None
-    return settled(ledger, rows, made.job_id, made.cluster)
+    return settled(ledger, rows, made.job_id, made.cluster, "; ".join(made.notes))
 
 
-def settled(ledger: Ledger, rows: Sequence[Run], job_id: str, cluster: str) -> list[Run]:
-    """Complete rows whose job is known."""
+def settled(ledger: Ledger, rows: Sequence[Run], job_id: str, cluster: str, reason: str = "") -> list[Run]:
+    """Complete rows whose job is known. reason: why it waits, if that is known."""
     changes = []
     for row in rows:
         job = job_id if row.point is None or row.executor == "local" else f"{job_id.partition('_')[0]}_{row.point}"
-        values = {"state": "pending", "job_id": job, "cluster": cluster, "reason": "", "submitted": time.time()}
+        values = {"state": "pending", "job_id": job, "cluster": cluster, "reason": reason, "submitted": time.time()}
         changes.append((row, values))
     return [new or ledger.get(old.run_id) or old for new, old in zip(ledger.change_all(changes), rows, strict=True)]
 
