@@ -151,6 +151,8 @@ class _Session:
             return _Answer(int(out.behind), err.text)
         except (EOFError, OSError):
             text = f"{self._name} ended the connection"
+            if said is not None:
+                said += out.held
             raise self._link.ended() or _Ended(text, hint=ANEW, exit_code=1) from None
         finally:
             if not complete:
@@ -181,7 +183,7 @@ class _Marked:
 
     def __init__(self, mark: bytes) -> None:
         self._mark = mark
-        self._held = b""
+        self.held = b""
         self._text: list[bytes] = []
         self.found = False
         self.behind = b""
@@ -203,15 +205,15 @@ class _Marked:
         if self.found:
             self.behind += data
             return b""
-        self._held += data
-        place = self._held.find(self._mark)
+        self.held += data
+        place = self.held.find(self._mark)
         if place >= 0:
             self.found = True
-            before, self.behind = self._held[:place], self._held[place + len(self._mark) :]
-            self._held = b""
+            before, self.behind = self.held[:place], self.held[place + len(self._mark) :]
+            self.held = b""
             return before
-        sure = max(0, len(self._held) - len(self._mark) + 1)
-        before, self._held = self._held[:sure], self._held[sure:]
+        sure = max(0, len(self.held) - len(self._mark) + 1)
+        before, self.held = self.held[:sure], self.held[sure:]
         return before
 
 
