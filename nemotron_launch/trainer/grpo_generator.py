@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from nemotron_launch.trainer.environments.judge_client import server_address
 from nemotron_launch.trainer.generation import MegatronGenerator
 from nemotron_launch.trainer.policy import Policy
 from nemotron_launch.trainer.rollouts import Generator, Sampling
+from nemotron_launch.trainer.server_generation import ServerGenerator
 from nemotron_launch.trainer.setup import Session
 from nemotron_launch.trainer.tokenizer import Tokenizer
 
@@ -28,6 +30,13 @@ def sampling_of(generation: Mapping[str, Any], tokenizer: Tokenizer) -> Sampling
 def open_generator(session: Session, policy: Policy) -> Generator:
     """The engine of `policy.generation.backend`; close it in the end."""
     config = session.config["policy"]
+    if config["generation"]["backend"] == "vllm":
+        return ServerGenerator(
+            policy,
+            server_address(config["generation"]["server"], where="policy.generation.server"),
+            session.output_dir / "rollout_weights",
+            max_length=config["max_total_sequence_length"],
+        )
     return MegatronGenerator(
         policy,
         session.tokenizer,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -130,6 +130,21 @@ def shard(value: Tensor, parameter: torch.nn.Parameter, name: str, *, size: int,
         padding = parameter.shape[0] * size - len(value)
         value = torch.cat([value, value.new_zeros(padding, value.shape[1])]) if padding else value
     return value.chunk(size, dim)[rank]
+
+
+def unshard(parts: Sequence[Tensor], parameter: torch.nn.Parameter, name: str) -> Tensor:
+    """The converse of shard, from the parts of all ranks in order; vocabularies keep their padding."""
+    dim: int = parameter.partition_dim  # type: ignore[attr-defined]
+    if name.endswith("linear_fc1.weight"):
+        halves = [part.chunk(2) for part in parts]
+        return torch.cat([torch.cat([half[i] for half in halves], dim) for i in range(2)])
+    return torch.cat(list(parts), dim)
+
+
+def global_name(name: str, layer_offset: int) -> str:
+    """A parameter's name in the whole model; layer_offset: layers on earlier pipeline stages."""
+    match = _LAYER.fullmatch(name)
+    return f"decoder.layers.{int(match[1]) + layer_offset}.{match[2]}" if match else name
 
 
 @torch.no_grad()
