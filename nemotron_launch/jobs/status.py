@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from nemotron_launch.backends.live import Backend, Seen
+from nemotron_launch.backends.live import Backend, Refused, Seen
 from nemotron_launch.errors import UserError
-from nemotron_launch.frozen import frozen
+from nemotron_launch.frozen import frozen, replace
 from nemotron_launch.hosts import Unreachable
 from nemotron_launch.jobs.ledger import Ledger
 from nemotron_launch.jobs.run import LIVE, OVER, Run, State
@@ -101,8 +101,12 @@ def look(ledger: Ledger, backend: Backend, runs: Sequence[Run]) -> list[Known]:
         if one and one.wants_successor:
             with only_one(ledger, f"successor {run.run_id}") as ours:
                 if ours:
-                    made = backend.submit_successor(run)
-                    ledger.change(run, job_id=made.job_id, cluster=made.cluster, attempt=one.attempt)
+                    try:
+                        made = backend.submit_successor(run)
+                    except Refused as error:
+                        seen[run.run_id] = replace(one, state="stopped", reason=error.message)
+                    else:
+                        seen[run.run_id] = replace(one, job_id=made.job_id)
     changes = [(run, _changes(run, seen.get(run.run_id))) for run in runs]
     written = ledger.change_all([(run, values) for run, values in changes if values])
     new = {run.run_id: run for run in written if run}
