@@ -126,18 +126,13 @@ class Environments:
         return self._opened[name]
 
     def _open(self, name: str) -> Environment:
-        if name == "math":
-            from nemotron_launch.trainer.environments import math
+        verifier = _verifier(name, self._env["math"]["verifier_type"])
+        if verifier is not None:
+            return self._verified(verifier, "math" if name == "math" else "verifiers")
+        if name.startswith(PYTHON):
+            from nemotron_launch.trainer.environments.python_function import PythonEnvironment
 
-            return self._verified(Verifier(math.problem, math.quick, f"{math.__name__}:verify"), "math")
-        if name == "exact":
-            from nemotron_launch.trainer.environments import exact
-
-            return self._verified(Verifier(exact.problem, exact.verify))
-        if name == "regex":
-            from nemotron_launch.trainer.environments import regex
-
-            return self._verified(Verifier(regex.problem, slow=f"{regex.__name__}:verify"))
+            return PythonEnvironment(name.removeprefix(PYTHON), self._pool("verifiers", memory_mib=None))
         if name == "code":
             from nemotron_launch.trainer.environments.code import CodeEnvironment
 
@@ -157,11 +152,52 @@ class Environments:
             return RewardModelEnvironment(self._env["reward_model"], step_dir=self._step_dir)
         raise UserError(f"there is no environment {name}", where="env_name")
 
-    def _verified(self, verifier: Verifier, section: str = "verifiers", *, ours: bool = True) -> Environment:
+    def _verified(self, verifier: Verifier, section: str) -> Environment:
+        pool = self._pool(section, memory_mib=_WORKER_MIB) if verifier.slow else None
+        return Verified(verifier, pool, {**self._env[section], **verifier.options})
+
+    def _pool(self, section: str, *, memory_mib: int | None) -> WorkerPool:
         options = self._env[section]
-        memory = _WORKER_MIB if ours else None
-        pool = WorkerPool(size=options["num_workers"], timeout=options["timeout"], memory_mib=memory)
-        return Verified(verifier, pool if verifier.slow else None, options)
+        return WorkerPool(size=options["num_workers"], timeout=options["timeout"], memory_mib=memory_mib)
+
+
+def _verifier(name: str, math_type: str) -> Verifier | None:
+    """The verifiers of single answers; those that call what may hang, or needs a main thread, have a slow part."""
+    if name == "math" and math_type == "math":
+        from nemotron_launch.trainer.environments import math
+
+        return Verifier(math.problem, math.quick, f"{math.__name__}:verify")
+    if name == "math" or name == "multiple_choice":
+        from nemotron_launch.trainer.environments import multiple_choice
+
+        multilingual = name == "math" and math_type.startswith("multilingual")
+        return Verifier(multiple_choice.problem, multiple_choice.verify, options={"multilingual": multilingual})
+    if name == "exact":
+        from nemotron_launch.trainer.environments import exact
+
+        return Verifier(exact.problem, exact.verify)
+    if name == "regex":
+        from nemotron_launch.trainer.environments import regex
+
+        return Verifier(regex.problem, slow=f"{regex.__name__}:verify")
+    if name == "json_schema":
+        from nemotron_launch.trainer.environments import json_schema
+
+        return Verifier(json_schema.problem, slow=f"{json_schema.__name__}:verify")
+    if name == "tool_call":
+        from nemotron_launch.trainer.environments import tool_call
+
+        return Verifier(tool_call.problem, tool_call.verify)
+    if name == "instruction_following":
+        from nemotron_launch.trainer.environments import instruction_following
+
+        return Verifier(instruction_following.problem, slow=f"{instruction_following.__name__}:verify")
+    if name == "reasoning_gym":
+        from nemotron_launch.trainer.environments import reasoning_gym
+
+        reasoning_gym.require()
+        return Verifier(reasoning_gym.problem, slow=f"{reasoning_gym.__name__}:verify")
+    return None
 
 
 def _problems(environment: Environment, rows: Sequence[Mapping[str, Any]]) -> Iterable[str]:

@@ -53,8 +53,13 @@ def words_beside(text: str) -> str:
     return _FUNCTION.sub("", _TAGGED.sub("", without_thoughts(text))).strip()
 
 
+def calls_in(value: Any) -> list[ToolCall]:
+    """The calls of parsed JSON: one, or a list. Raises NoCall."""
+    return list(_calls(value))
+
+
 def _read(content: str) -> list[ToolCall]:
-    return list(_calls(_json(content)))
+    return calls_in(_json(content))
 
 
 def _calls(value: Any) -> Iterator[ToolCall]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nemotron_launch.trainer.environments import Rollout, Score
@@ -23,12 +23,13 @@ class Verifier:
 
     problem: why a row cannot be verified, empty if it can. quick: the score, where it is found at once in this
     process; None where a worker has to find it. slow: `module:function` of (text, row, options), called in a worker
-    for what quick leaves open. Rewards are plain numbers: functions of text and row alone.
+    for what quick leaves open. Scores are functions of text, row and options alone. options: beside the section's.
     """
 
     problem: Callable[[Row], str]
     quick: Callable[[str, Row, Options], Score | None] | None = None
     slow: str = ""
+    options: Options = field(default_factory=dict)
 
 
 class Verified:
