@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
@@ -14,8 +15,11 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from nemotron_launch.backends import local_folder
+from nemotron_launch.backends.live import Seen
 from nemotron_launch.catalog import Step, require_trains
 from nemotron_launch.errors import UserError
+from nemotron_launch.frozen import replace
 from nemotron_launch.inputs import check_inputs, stages
 from nemotron_launch.job import File, Job
 from nemotron_launch.plan import compose_for
@@ -40,6 +44,8 @@ def run_stages(
     run_id: str | None = None,
 ) -> int:
     """Run a step here, first the steps that make what it lacks; the exit code of the last one that ran."""
+    from nemotron_launch.jobs.attached import recorded
+
     require_trains(step)
     composed = compose_for(step, config, overrides, profile)
     planned = stages(step, composed, profile, passthrough, run_id=run_id)
@@ -51,7 +57,8 @@ def run_stages(
         elif len(planned) > 1:
             check_inputs(step, composed)
             _say(f"now {stage.job.step} -c {stage.job.config}")
-        code = run_job(stage.job)
+        with recorded(stage.job, () if stage.why else overrides) as ended:
+            code = run_job(stage.job, ended)
         if code and stage is not planned[-1]:
             _say(f"{stage.job.step} -c {stage.job.config} ended with exit code {code}: {step.id} was not started")
         if code:
@@ -70,8 +77,11 @@ def render_job(job: Job) -> Rendered:
     return local_script.render_job(job)
 
 
-def run_job(job: Job) -> int:
-    """Place the job's files, run its command to the end, return its exit code (128 + n for signal n)."""
+def run_job(job: Job, ended: Callable[[Seen], None] = lambda seen: None) -> int:
+    """Place the job's files, run its command to the end, return its exit code (128 + n for signal n).
+
+    ended: told how it was. The run's folder says so too, as that of a run in the background does.
+    """
     check_machine(job)
     _check_secrets(job)
     command: Sequence[str] = job.command
@@ -81,6 +91,11 @@ def run_job(job: Job) -> int:
         command = ("bash", os.path.join(job.run_dir, rendered.main))
     else:
         place_files(job, job.files)
+    folder = Path(job.run_dir)
+    seen = Seen("running", nodes=(os.uname().nodename,), started=time.time())
+    with suppress(OSError):  # for `nemotron jobs`, not for the run
+        local_folder.claim(folder)
+        local_folder.note(folder, seen)
     with _signals_held() as held:
         child = subprocess.Popen(
             command,
@@ -92,7 +107,17 @@ def run_job(job: Job) -> int:
         )
         held.forward_to(child)
         code = child.wait()
-    return code if code >= 0 else 128 - code
+    code = code if code >= 0 else 128 - code
+    seen = replace(
+        seen,
+        **local_folder.verdict(folder, code, "saved; the same command resumes it"),
+        exit_code=code,
+        ended=time.time(),
+    )
+    with suppress(OSError):
+        local_folder.note(folder, seen)
+    ended(seen)
+    return code
 
 
 def check_machine(job: Job) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 from nemotron_launch.backends.live import Seen
 from nemotron_launch.frozen import replace
 from nemotron_launch.jobs.process import alive, identity
+from nemotron_launch.trainer.exit_codes import RESUME_ME
 
 CLAIM, STATUS, CANCEL, EXIT_CODE, LOGS = "claim", "status.json", "cancel", "exit_code", "logs"
 
@@ -57,6 +58,23 @@ def note(folder: Path, seen: Seen) -> None:
     if seen.exit_code is not None and seen.ended is not None:
         put(folder / EXIT_CODE, f"{seen.exit_code}\n")
     put(folder / STATUS, json.dumps(vars(seen)))
+
+
+def verdict(folder: Path, code: int, saved: str) -> dict[str, Any]:
+    """State and reason of a run that ended with this exit code. saved: the reason of one that saved and stopped."""
+    if code and wish(folder):
+        return {"state": "cancelled", "reason": ""}
+    if code == RESUME_ME:
+        return {"state": "stopped", "reason": saved}
+    return {"state": "failed" if code else "finished", "reason": ""}
+
+
+def wish(folder: Path) -> str:
+    """Whether the run is to end: empty, "save" or "now"."""
+    try:
+        return (folder / CANCEL).read_text().strip() or "save"
+    except OSError:
+        return ""
 
 
 def look(folder: Path) -> Seen | None:

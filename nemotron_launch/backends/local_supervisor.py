@@ -89,7 +89,7 @@ class _Attempt:
         """Look after the process; whether the point is over. ending: the supervisor was told to stop."""
         assert self.child is not None
         code = self.child.poll()
-        wish = _wish(self.folder)
+        wish = local_folder.wish(self.folder)
         if code is None:
             self._stop(wish, ending)
             return False
@@ -103,13 +103,8 @@ class _Attempt:
             self.seen = replace(self.seen, attempt=self.seen.attempt + 1)
             self.start()
             return False
-        if wish and code:
-            self.end("cancelled", code)
-        elif resume:
-            why = "asked to stop" if ending else f"no restart is left of {self.task['max_restarts']}"
-            self.end("stopped", code, f"saved; {why}")
-        else:
-            self.end("failed" if code else "finished", code)
+        why = "asked to stop" if ending else f"no restart is left of {self.task['max_restarts']}"
+        self.end(code=code, **local_folder.verdict(self.folder, code, f"saved; {why}; resubmit goes on"))
         return True
 
     def _stop(self, wish: str, ending: bool) -> None:
@@ -141,7 +136,7 @@ def main(argv: list[str]) -> int:
         working = [each for each in working if not each.step(ending)]
         for each in list(waiting):
             reason = _blocked(each.point.after)
-            if (wish := _wish(each.folder)) or ending or reason is None:
+            if (wish := local_folder.wish(each.folder)) or ending or reason is None:
                 why = "" if wish else "asked to stop before it began" if ending else _failed(each.point.after)
                 each.end("cancelled", 130 if wish or ending else _DEPENDENCY, why)
             elif not reason and len(working) < task["max_parallel"]:
@@ -159,14 +154,6 @@ def main(argv: list[str]) -> int:
                 _say(f"got {signal.Signals(got.si_signo).name}")
                 ending = True
     return 0
-
-
-def _wish(folder: Path) -> str:
-    """Whether the run is to end: empty, "save" or "now"."""
-    try:
-        return (folder / local_folder.CANCEL).read_text().strip() or "save"
-    except OSError:
-        return ""
 
 
 def _blocked(after: Iterable[tuple[str, str]]) -> str | None:
