@@ -252,7 +252,7 @@ def _folders(points: Sequence[Sequence[str]]) -> list[str]:
     for point in points:
         values = [text.partition("=")[2] for text in point]
         whole = "+".join(f"{short}={value}" for short, value in zip(shorts, values, strict=True))
-        name = re.sub(r"[^A-Za-z0-9._=+-]+", "-", whole)
+        name = re.sub(r"[^A-Za-z0-9._=+-]+", "-", whole.replace("'", "").replace('"', ""))
         if name != whole or len(name) > _LONGEST_NAME:
             name = f"{name[: _LONGEST_NAME - 9].rstrip('-')}-{sha256(whole.encode('utf-8', 'replace')).hexdigest()[:8]}"
         names.append(name)

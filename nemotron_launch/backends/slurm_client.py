@@ -98,8 +98,12 @@ class SlurmClient:
         options = [f"--comment={' '.join(filter(None, [str(run.options.get('comment') or ''), mark]))}"]
         if run.point is not None:
             options.append(f"--array={run.point}")
+        found, _ = self._look(run, mark)
+        if found:  # the job's own handler was ended before it could say so
+            return found
         env = {"NEMOTRON_SUCCEEDS": before, "NEMOTRON_RESTARTS": str(restarts)}
-        return self._submit(run, options, env, mark=mark)
+        why = (folder.successor[3] if folder.successor else "") or "taken away"
+        return self._submit(run, options, env, mark=mark, notes=scripts.heir(before, run.point, restarts, why))
 
     def _after(self, run: Run, after: Sequence[Run]) -> list[str]:
         """The jobs that a run waits for. Slurm takes one that it has forgotten for ended well."""
@@ -134,11 +138,22 @@ class SlurmClient:
             self.host.run(f"rm -f {scripts.sh(posixpath.join(run.run_dir, SECRETS))}")
             raise Refused(error.message, where=error.where, hint=error.hint, exit_code=1) from None
 
-    def _submit(self, run: Run, options: Sequence[str], env: Mapping[str, str], mark: str = "") -> Submission:
-        """sbatch, until its answer is known. mark: what its comment ends in, where the name says too little."""
+    def _submit(
+        self,
+        run: Run,
+        options: Sequence[str],
+        env: Mapping[str, str],
+        *,
+        mark: str = "",
+        notes: tuple[str, str] = ("", ""),
+    ) -> Submission:
+        """sbatch, until its answer is known. mark: what its comment ends in, where the name says too little.
+
+        notes: what the folder is told before and after, as shell.
+        """
         folder = run.state_dir
         script = posixpath.join(run.run_dir, MAIN)
-        command = scripts.submit(folder, script, options, env)
+        command = scripts.submit(folder, script, options, env, before=notes[0], record=notes[1])
         end = time.monotonic() + self._patience
         while True:
             lost: Unreachable
@@ -153,11 +168,21 @@ class SlurmClient:
                     raise self._no_slurm("sbatch")
                 if done.code and done.code != scripts.BUSY and not _is_lost(done):
                     self.host.run(f"rm -f {scripts.sh(posixpath.join(run.run_dir, SECRETS))}")
-                    raise _refused(run, done)
+                    raise self._too_many(done) or _refused(run, done)
                 lost = _no_answer("sbatch", done)
             found = self._await(run, mark, end, lost)
             if found:
                 return found
+
+    def _too_many(self, done: Result) -> Refused | None:
+        """The refusal of an array with more points than the site takes, with their number."""
+        if "Invalid job array specification" not in done.stderr:
+            return None
+        found = re.search(r"MaxArraySize\s*=\s*(\d+)", self.host.run("scontrol show config").stdout)
+        most = f", which is {found.group(1)}" if found else ""
+        hint = "nothing was submitted; make several sweeps of it"
+        text = f"there are more points than this cluster takes in one array{most}"
+        return Refused(text, where="--sweep", hint=hint, exit_code=1)
 
     def _submitted(self, run: Run, job_id: str, cluster: str) -> Submission:
         return Submission(job_id if run.point is None else f"{job_id}_{run.point}", cluster)
