@@ -1,4 +1,4 @@
-"""`nemotron steps list|show|run`; `check` and `diff` are in cli/check.py."""
+"""`nemotron steps list|show|run`; `check` and `diff` are in cli/check.py, `probe` in cli/probe.py."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ steps = LazyGroup(
         "list": ("nemotron_launch.cli.steps:list_steps", "List the steps."),
         "show": ("nemotron_launch.cli.steps:show", "Show all that a step's manifest says."),
         "run": ("nemotron_launch.cli.steps:run", "Run a step with a config, a profile and overrides."),
+        "probe": ("nemotron_launch.cli.probe:probe", "Score rollouts of a step's policy, without training."),
         "check": ("nemotron_launch.cli.check:check", "Compile every step, config and profile, and compare."),
         "diff": ("nemotron_launch.cli.check:diff", "Show how two compiled jobs differ."),
     },
@@ -120,7 +121,7 @@ def show(step_id: str, as_json: bool) -> None:
 _LONG = {"-c": "--config", "-r": "--run", "-b": "--batch", "-d": "--dry-run"}
 
 
-class _RunCommand(click.Command):
+class RunCommand(click.Command):
     """Remembers where `--` stood: what follows it is the step's, whatever it looks like."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -139,7 +140,7 @@ PROFILES = click.option(
 )
 
 
-@click.command(cls=_RunCommand)
+@click.command(cls=RunCommand)
 @click.argument("step_id", metavar="ID", shell_complete=complete("step"))
 @click.argument("arguments", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option(
@@ -209,8 +210,8 @@ def run(
 
     The exit code is the step's own: 0 finished, 1 failed, 2 bad input, 85 stopped and saved (the same command resumes).
     """
-    overrides = [argument for argument in arguments if _is_override(argument)]
-    words = [argument for argument in arguments if not _is_override(argument)]
+    overrides = [argument for argument in arguments if is_override(argument)]
+    words = [argument for argument in arguments if not is_override(argument)]
     passthrough = (*words, *ctx.meta["nemotron.passthrough"])
     if attached is not None and detached is not None:
         raise UserError("-r and -b exclude each other", hint="-r runs and follows, -b submits and returns")
@@ -223,7 +224,7 @@ def run(
         raise UserError(f"{'--zip' if pairs else '--max-parallel'} goes with --sweep")
     step = find_step(step_id)
     path = find_config(step, config)
-    profile = _load_profile(attached or detached, profiles, force_squash)
+    profile = load_profile_of(attached or detached, profiles, force_squash)
     if axes:
         from nemotron_launch.cli import sweeps
 
@@ -233,7 +234,7 @@ def run(
         how = _how(detached is None, after, on_interrupt, as_json, force_squash)
         ctx.exit(sweeps.submit_sweep(step, path, sweep, overrides, profile, passthrough, how))
     if dry_run:
-        _dry_run(step, path, overrides, profile, passthrough, detached is None, run_id, output)
+        dry_run_of(step, path, overrides, profile, passthrough, detached is None, run_id, output)
     elif profile is not None and profile.executor == "lepton":
         _refuse_to_submit()
     elif profile is not None and (detached is not None or profile.executor != "local"):
@@ -269,7 +270,7 @@ def _check_options(
         raise UserError("--after goes with -b or -r: a run that is submitted can wait for another one")
 
 
-def _load_profile(name: str | None, profiles: Path | None, force_squash: bool) -> Profile | None:
+def load_profile_of(name: str | None, profiles: Path | None, force_squash: bool) -> Profile | None:
     if name is None:
         if force_squash:
             raise UserError("--force-squash goes with a Slurm profile, which imports images")
@@ -282,7 +283,7 @@ def _load_profile(name: str | None, profiles: Path | None, force_squash: bool) -
     return profile
 
 
-def _dry_run(
+def dry_run_of(
     step: Step,
     config: Path,
     overrides: list[str],
@@ -322,7 +323,7 @@ def _refuse_to_submit() -> NoReturn:
     )
 
 
-def _is_override(argument: str) -> bool:
+def is_override(argument: str) -> bool:
     return "=" in argument or argument.startswith(("~", "+"))
 
 

@@ -13,7 +13,7 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
-from nemotron_launch.trainer import warm_start
+from nemotron_launch.trainer import probe_run, warm_start
 from nemotron_launch.trainer.agreement import together
 from nemotron_launch.trainer.environments import open_environments
 from nemotron_launch.trainer.environments.router import Environments
@@ -46,6 +46,8 @@ def main(step_dir: Path, argv: list[str] | None = None) -> int:
 def run(session: Session) -> int:
     """Load, warm-start or resume, train, and leave an aligned checkpoint_megatron."""
     with scoring(session) as environments:
+        if session.config["grpo"]["probe"] is not None:
+            return probe_run.run(session, environments)
         return _run(session, environments)
 
 
