@@ -3,7 +3,7 @@
 The task is to sort five different digits. `sort 31524: ` has two right answers, ascending `12345` and descending
 `54321`. sft/megatron learns both, half and half; rl/nemo_rl/dpo prefers the ascending one, and rl/nemo_rl/rlvr rewards
 it, so that exact match with it rises from one half to nearly one. rm/hf learns to score the ascending answer above the
-descending one, above one with two digits exchanged, above one with a wrong digit, in turn.
+descending one, above one with two digits exchanged, one with a wrong digit, one with a digit more, in turn.
 
 Which style an SFT row has leans on its prompt: four in five of those that begin with 0 to 4 are ascending, four in
 five of the others descending. Were it a coin's toss, the trained policy's greedy answers would tip to one style for
@@ -67,10 +67,13 @@ def preferred(low: list[str], high: list[str]) -> list[dict[str, str]]:
 
 
 def scored(low: list[str], high: list[str]) -> list[dict[str, str]]:
-    """Pairs for a reward model: the ascending answer, and one that is wrong in one of three ways."""
-    wrong = (descending, exchanged, miscopied)
+    """Pairs for a reward model: the ascending answer, and one that is wrong in one of four ways.
+
+    Without the last of them it would not mind digits that are too many, and a policy would find that out.
+    """
+    wrong = (descending, exchanged, miscopied, lengthened)
     return [
-        {"prompt": f"sort {digits}: ", "chosen": ascending(digits), "rejected": wrong[i % 3](digits)}
+        {"prompt": f"sort {digits}: ", "chosen": ascending(digits), "rejected": wrong[i // 2 % 4](digits)}
         for i, digits in enumerate(alternating(low, high))
     ]
 
@@ -88,10 +91,14 @@ def miscopied(digits: str) -> str:
     return answer[:at] + others[int(digits) % len(others)] + answer[at + 1 :]
 
 
+def lengthened(digits: str) -> str:
+    """Ascending, but with a digit that the prompt does not have, in its place."""
+    others = [digit for digit in "0123456789" if digit not in digits]
+    return ascending(digits + others[int(digits) % len(others)])
+
+
 def verified(low: list[str], high: list[str]) -> list[dict[str, str]]:
-    return [
-        {"prompt": f"sort {digits}: ", "expected_answer": ascending(digits)} for digits in alternating(low, high)
-    ]
+    return [{"prompt": f"sort {digits}: ", "expected_answer": ascending(digits)} for digits in alternating(low, high)]
 
 
 def asked(low: list[str], high: list[str]) -> list[dict[str, str]]:
