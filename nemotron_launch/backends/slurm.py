@@ -102,7 +102,7 @@ def _values(job: Job, image: images.Image | None) -> dict[str, Any]:
         "resume_code": job.restart.resume_code,
         "max_restarts": job.restart.max_restarts,
         "requeue": job.options.get("requeue", True),
-        "name": _word(job.run_id),
+        "name": job.run_id,
         "comment": _word(f"{job.options['comment']} ", "comment") if job.options.get("comment") else "",
         "checkpoints": _checkpoints(job),
         "bundle": _word(job.bundle.file, "bundle") if job.bundle else "",

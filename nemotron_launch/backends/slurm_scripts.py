@@ -25,24 +25,44 @@ CLEAN = (
 )
 
 
-def submit(folder: str, script: str, options: Iterable[str], env: Mapping[str, str], cluster: str = "") -> str:
-    """Run sbatch once, holding a lock as long as it lives, and keep its answer in the folder: `submitted`.
+def submit(
+    folder: str, script: str, options: Iterable[str], env: Mapping[str, str], *, before: str = "", record: str = ""
+) -> str:
+    """Run sbatch once, holding a lock as long as it lives, and keep its answer in the folder.
 
-    folder: where lock and answer are; script: the sbatch script's path.
+    folder: where lock and answer are; script: the sbatch script's path. before, record: lines that come before sbatch,
+    and those that keep its answer (in the file .submitted) under another name than `submitted`.
     """
     given = " ".join(f"{name}={sh(value)}" for name, value in env.items())
-    where = [f"--clusters={cluster}"] if cluster else []
     return f"""\
 command -v sbatch > /dev/null 2>&1 || exit {NO_SLURM}
 mkdir -p {sh(folder)} && cd {sh(folder)} || exit 1
 exec 9>> .submit.lock
 flock -n 9 2> /dev/null || {{ command -v flock > /dev/null 2>&1 && exit {BUSY}; }} || :
-{CLEAN} {given} sbatch --parsable {sh_words([*where, *options])} {sh(script)} > .submitted
+{before}
+{CLEAN} {given} sbatch --parsable {sh_words(options)} {sh(script)} > .submitted
 code=$?
-[ "$code" -ne 0 ] || cat .submitted
-[ "$code" -ne 0 ] || mv -f .submitted submitted
+if [ "$code" -eq 0 ]; then
+    cat .submitted
+    {record or "mv -f .submitted submitted"}
+fi
 exit "$code"
 """
+
+
+def heir(of: str, point: int | None, restarts: int, why: str) -> tuple[str, str]:
+    """Lines for `submit` before and after: the run's folder names its job's successor, first an open one."""
+    task = "" if point is None else f"_{point}"
+
+    def put(job: str) -> str:
+        return f"echo {sh(of)} {job} {restarts} {sh(why)} > successor.tmp && mv -f successor.tmp successor"
+
+    return (
+        put("-"),
+        f"""\
+next=$(sed -nE 's/^ *([0-9]+)(;.*)?$/\\1/p' .submitted | tail -n 1)
+    [ -z "$next" ] || {{ {put(f'"$next"{task}')}; }}""",
+    )
 
 
 def look(folders: Iterable[str], name: str, days: int, *, accounting: bool, clusters: str = "") -> str:

@@ -39,7 +39,7 @@ EXAMPLE = Job(
         "/lustre/team/jobs/dpo-llama-20260101-1a2b3c/code/steps/rl/nemo_rl/dpo/train.py", "--config",
         "/lustre/team/jobs/dpo-llama-20260101-1a2b3c/config.yaml",
     ),
-    files=(File("config.yaml", "dpo: {}\n"),),
+    files=(File("config.yaml", "checkpointing:\n  checkpoint_dir: /lustre/team/jobs/output/rl/dpo/checkpoints\n"),),
     env={"NCCL_DEBUG": "WARN", "NOTE": "it's ours"},
     secrets=(Secret("HF_TOKEN", source="HF_TOKEN"),),
     container=Container(
@@ -125,7 +125,6 @@ def test_rendering_takes_a_few_milliseconds() -> None:
         ({"options": {"sbatch_args": ["--output=x"]}}, "sbatch_args[0]", "--output cannot be set here"),
         ({"options": {"sbatch_args": ["-A team"]}}, "sbatch_args[0]", "-A cannot be set here"),
         ({"options": {"sbatch_args": ["--wrap"]}}, "sbatch_args[0]", "cannot be set here"),
-        ({"options": {"requeue": False}}, "max_restarts", "cannot restart itself"),
         ({"command": ("python3", "a\r\nb")}, "command[1]", "carriage return"),
         ({"command": ("python3", "a\0b")}, "command[1]", "NUL"),
         ({"env": {"A": "\ud800"}}, "env.A", "UTF-8"),

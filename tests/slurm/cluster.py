@@ -193,8 +193,15 @@ AccountingStorageType=accounting_storage/none
 JobCompType=jobcomp/filetxt
 JobCompLoc={root}/state/jobcomp.txt
 {nodes}
-PartitionName=batch Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO
-PartitionName=debug Nodes=ALL Default=NO MaxTime=30 State=UP
+PartitionName=batch Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO PreemptMode=OFF
+PartitionName=debug Nodes=ALL Default=NO MaxTime=30 State=UP PreemptMode=OFF
+# Jobs of `urgent` take the nodes of these: at once, after a while, and at a site that requeues.
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=cheap Nodes=ALL PreemptMode=CANCEL GraceTime=0 State=UP
+PartitionName=patient Nodes=ALL PreemptMode=CANCEL GraceTime=20 State=UP
+PartitionName=again Nodes=ALL PreemptMode=REQUEUE GraceTime=0 State=UP
+PartitionName=urgent Nodes=ALL PriorityTier=10 PreemptMode=OFF State=UP
 """)
 
 

@@ -103,6 +103,8 @@ def new_run(
     run_id = re.sub(r"[^a-z0-9]+", "-", folder.name.lower()).strip("-")
     run_dir = folder / "jobs" / run_id
     files = tuple(fields.pop("files", ())) or (File("trainer.py", TRAINER + body),)
+    if config := fields.pop("config", ""):
+        files += (File("config.yaml", config),)
     job = Job(
         run_id=run_id,
         name=run_id,

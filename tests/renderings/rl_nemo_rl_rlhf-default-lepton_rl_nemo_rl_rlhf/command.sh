@@ -38,7 +38,7 @@ finish() {
     mv "$NEMOTRON_LOG_DIR/exit_code.node-$node.tmp" "$NEMOTRON_LOG_DIR/exit_code.node-$node"
     exec >&3
     for _ in {1..50}; do kill -0 "$copy" || break; sleep 0.1; done
-    echo "nemotron-exit 320aa4da279b596c attempt=$attempt node=$node code=$code"
+    echo "nemotron-exit 97e0e9857fa528d7 attempt=$attempt node=$node code=$code"
     exit "$code"
 }
 trap finish EXIT
@@ -72,7 +72,7 @@ place() { # file mode sha256 variable parts
     chmod "$2" "$part"
     mv "$part" "$run_dir/$1"
 }
-place config.yaml 600 1030b0a9e134dfcbd98e7bc64c7b4b52d6225e17cccbe80dc0f9c130c577a7f6 NEMOTRON_FILE_0 1
+place config.yaml 600 0334f3f9f5b0e1ea4a965e96f5ee1a27389d9b5a7e4dcbfcaecd47612b5ca1cc NEMOTRON_FILE_0 1
 if [[ ! -e $run_dir/code ]]; then
     place code.tar.gz 600 0000000000000000000000000000000000000000000000000000000000000000 NEMOTRON_BUNDLE 1
     fresh=$run_dir/.code.node-$node

@@ -38,7 +38,7 @@ finish() {
     mv "$NEMOTRON_LOG_DIR/exit_code.node-$node.tmp" "$NEMOTRON_LOG_DIR/exit_code.node-$node"
     exec >&3
     for _ in {1..50}; do kill -0 "$copy" || break; sleep 0.1; done
-    echo "nemotron-exit efd59e506e60c732 attempt=$attempt node=$node code=$code"
+    echo "nemotron-exit f63483d296abd1f6 attempt=$attempt node=$node code=$code"
     exit "$code"
 }
 trap finish EXIT
@@ -69,7 +69,7 @@ place() { # file mode sha256 variable parts
     chmod "$2" "$part"
     mv "$part" "$run_dir/$1"
 }
-place config.yaml 600 c49ed28e5b16ecb78efbb573b6a7e960ea66cae1b09231de44d9b8415327a5fc NEMOTRON_FILE_0 1
+place config.yaml 600 2c430ac52850aa242c510bb6f0ce34f3282206e59d6438c59e32422437372153 NEMOTRON_FILE_0 1
 if [[ ! -e $run_dir/code ]]; then
     place code.tar.gz 600 0000000000000000000000000000000000000000000000000000000000000000 NEMOTRON_BUNDLE 1
     fresh=$run_dir/.code.node-$node

@@ -41,6 +41,7 @@ grpo:
   reference_kl_period: 10
   reference: offloaded
   seq_logprob_error_threshold: 2
+  probe: null
   reward_shaping:
     enabled: false
     overlong_buffer_length: 128
@@ -185,7 +186,6 @@ env:
     tokenizer:
       name: Skywork/Skywork-Reward-V2-Qwen3-0.6B
       chat_template: default
-    server: null
     device: auto
     precision: bfloat16
     batch_size: 4
@@ -221,6 +221,7 @@ env:
     timeout: 120
     retries: 3
     concurrency: 64
+    ready_timeout: 1800
 checkpointing:
   enabled: true
   checkpoint_dir: ./output/rl/rlvr-nemo_gym/checkpoints

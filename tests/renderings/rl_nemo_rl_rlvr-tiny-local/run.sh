@@ -39,6 +39,7 @@ grpo:
   reference_kl_period: 5
   reference: offloaded
   seq_logprob_error_threshold: null
+  probe: null
   reward_shaping:
     enabled: false
     overlong_buffer_length: 128
@@ -194,7 +195,6 @@ env:
     tokenizer:
       name: Skywork/Skywork-Reward-V2-Qwen3-0.6B
       chat_template: default
-    server: null
     device: auto
     precision: float32
     batch_size: 128
@@ -227,6 +227,7 @@ env:
     timeout: 120
     retries: 3
     concurrency: 64
+    ready_timeout: 1800
 checkpointing:
   enabled: true
   checkpoint_dir: ./output/rl/rlvr-tiny/checkpoints
