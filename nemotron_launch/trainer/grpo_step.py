@@ -9,7 +9,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,7 @@ from nemotron_launch.trainer.agreement import SharedError
 from nemotron_launch.trainer.data.order import Position, next_position
 from nemotron_launch.trainer.data.prompts import Prompt
 from nemotron_launch.trainer.grpo_batches import MicroBatch, Packing, micro_batches, own_share
-from nemotron_launch.trainer.grpo_losses import METRICS, GRPOLossConfig, grpo_loss
+from nemotron_launch.trainer.grpo_losses import METRICS, GRPOLossConfig, grpo_loss, kl_in_advantages
 from nemotron_launch.trainer.grpo_metrics import (
     advantage_metrics,
     length_metrics,
@@ -115,7 +115,7 @@ class Settings:
     @property
     def needs_previous(self) -> bool:
         """Whether the policy before the step differs from the one that is trained, or is wanted before it is."""
-        return self.updates > 1 or self.error_threshold is not None
+        return self.updates > 1 or self.error_threshold is not None or self.loss.use_kl_in_reward
 
 
 def _without_enabled(section: Mapping[str, Any]) -> dict[str, Any]:
@@ -127,6 +127,7 @@ class Batch:
     """A step's rollouts and what every rank has made of them.
 
     rewards_B: as scored; shaped_B: what advantages are made of. sample_mask_B: 0 leaves a rollout out of the loss.
+    token_advantages: with the KL in the reward, of each token of this rank's rollouts, by their places.
     """
 
     rollouts: Rollouts
@@ -135,6 +136,7 @@ class Batch:
     shaped_B: Tensor
     sample_mask_B: Tensor
     advantages_B: Tensor
+    token_advantages: Mapping[int, Tensor] | None = None
 
 
 @dataclass
@@ -264,9 +266,9 @@ class RolloutTask:
         sample_mask_B = known_B.float()
         if settings.overlong_filtering:
             sample_mask_B = sample_mask_B * not_truncated(truncated_B)
-        return Batch(
-            rollouts, groups_B, rewards_B, shaped_B, sample_mask_B, clip_advantages(advantages_B, *settings.clip)
-        )
+        if not settings.loss.use_kl_in_reward:  # else they are clipped when they are complete
+            advantages_B = clip_advantages(advantages_B, *settings.clip)
+        return Batch(rollouts, groups_B, rewards_B, shaped_B, sample_mask_B, advantages_B)
 
     # -- log-probabilities -------------------------------------------------------------------------------------
 
@@ -294,7 +296,12 @@ class RolloutTask:
                 batch, errors = self._without_errors(policy, batch, cut, scored)
         if wants_reference:
             assert self.reference is not None
-            reference = _by_place(cut, self.reference([part.batch for part in cut], self.sampling.whole))
+            said = self.reference([part.batch for part in cut], self.sampling.whole)
+            reference = _by_place(cut, said)
+            if settings.loss.use_kl_in_reward:
+                if self.sampling.filters:
+                    scored = policy.logps([part.batch for part in cut], self.sampling.whole)
+                batch = replace(batch, token_advantages=self._less_kl(batch, cut, scored, said))
         return previous, reference, batch, errors
 
     def _mine(self, policy: Policy, count: int) -> np.ndarray:
@@ -316,8 +323,24 @@ class RolloutTask:
         before_B = batch.sample_mask_B
         assert self.settings.error_threshold is not None
         after_B = before_B * (errors_B <= self.settings.error_threshold)
-        left = Batch(batch.rollouts, batch.groups_B, batch.rewards_B, batch.shaped_B, after_B, batch.advantages_B)
-        return left, sequence_error_metrics(errors_B, before_B, after_B, batch.rewards_B)
+        found = sequence_error_metrics(errors_B, before_B, after_B, batch.rewards_B)
+        return replace(batch, sample_mask_B=after_B), found
+
+    def _less_kl(
+        self, batch: Batch, cut: Sequence[MicroBatch], scored: Sequence[Tensor], said: Sequence[Tensor]
+    ) -> dict[int, Tensor]:
+        """loss_fn.use_kl_in_reward: each token's advantage less its KL to the reference, then clipped."""
+        reduced = [
+            kl_in_advantages(
+                batch.advantages_B[torch.from_numpy(part.places)].to(logps_NR),
+                logps_NR,
+                ref_NR,
+                part.batch.mask_NR,
+                config=self.settings.loss,
+            )
+            for part, logps_NR, ref_NR in zip(cut, scored, said, strict=True)
+        ]
+        return _by_place(cut, [clip_advantages(one, *self.settings.clip) for one in reduced])
 
     # -- training ----------------------------------------------------------------------------------------------
 
@@ -370,6 +393,7 @@ class RolloutTask:
             for value in (lengths_B * mask_B, mask_B, lengths_B * mask_B * right_B[places])
         )
         sample_mask_B, advantages_B = batch.sample_mask_B.to(device), batch.advantages_B.to(device)
+        reduced = batch.token_advantages
 
         def loss(logps_NR: Tensor, i: int) -> tuple[Tensor, dict[str, Tensor]]:
             part = cut[i]
@@ -382,7 +406,7 @@ class RolloutTask:
                 logps_NR.detach() if previous is None else part.beside([previous[place] for place in part.places]),
                 part.beside(_generated(batch.rollouts, part)),
                 None if reference is None else part.beside([reference[place] for place in part.places]),
-                advantages_B[own],
+                advantages_B[own] if reduced is None else part.beside([reduced[place] for place in part.places]),
                 part.batch.mask_NR,
                 sample_mask_B[own],
                 config=self.settings.loss,
