@@ -130,3 +130,35 @@ def test_more_points_than_the_cluster_takes_are_refused_with_the_number(tree: Pa
     assert done.returncode == 1, done.stdout
     assert "more points than this cluster takes in one array, which is 1001" in done.stderr
     assert {row["state"] for row in here.points()} == {"refused"}
+
+
+# The real trainer.
+
+TINY = [
+    "cluster.num_nodes=2", "cluster.procs_per_node=2", "dpo.max_num_steps=3", "dpo.val_period=0",
+    "dpo.val_at_start=false", "dpo.val_at_end=false", "dpo.val_global_batch_size=40", "dpo.val_generation.num_prompts=0",
+    "checkpointing.pretrained_checkpoint.path=null",
+    "policy.architecture.num_layers=1", "policy.architecture.hidden_size=32",
+    "policy.architecture.num_attention_heads=2", "policy.architecture.intermediate_size=32",
+    "policy.train_global_batch_size=8", "policy.train_micro_batch_size=2", "checkpointing.metric_name=null",
+]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_tiny_dpo_on_two_nodes_with_two_processes_as_an_array_of_three(
+    site: MakeSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    here = site(mem=2000, env={"OMP_NUM_THREADS": "1"}, time="00:10:00")
+    here.submit("dpo", "-c", "tiny", *TINY, "--sweep", "dpo.reference_policy_kl_penalty=0.05,0.1,0.2")
+    over = here.until_over(300)
+    assert [(row["state"], row["exit_code"]) for row in over] == [("finished", 0)] * 3, here.all()
+    losses = []
+    for row, penalty in zip(over, ("0.05", "0.1", "0.2"), strict=True):
+        output = Path(row["output_dir"])
+        assert output.name == f"reference_policy_kl_penalty={penalty}" and row["nodes"] == 2
+        assert (output / "checkpoints" / "step_3").is_dir()
+        metrics = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+        losses.append([line["train/loss"] for line in metrics if "train/loss" in line][-1])
+    # The same data and start; after steps, what the penalty does.
+    assert len(set(losses)) == 3
