@@ -11,6 +11,11 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import SchemaError
+from jsonschema.validators import validator_for
+from referencing import Registry
+
 from nemotron_launch.trainer.environments import Score
 from nemotron_launch.trainer.environments.answers import without_thoughts
 
@@ -19,15 +24,12 @@ _FENCED = re.compile(r"```(?:json)?[ \t]*\n(.*?)```", re.DOTALL | re.IGNORECASE)
 
 def problem(row: Mapping[str, Any]) -> str:
     """Why a row cannot be verified; empty if it can."""
-    from jsonschema.exceptions import SchemaError
-    from jsonschema.validators import validator_for
-
     try:
         schema = _schema(row)
     except ValueError as error:
         return str(error)
     try:
-        validator_for(schema, default=_default()).check_schema(schema)
+        validator_for(schema, default=Draft202012Validator).check_schema(schema)
     except SchemaError as error:
         at = "/".join(str(part) for part in error.absolute_path)
         return f"json_schema is no JSON schema ({at + ': ' if at else ''}{error.message[:200]})"
@@ -37,9 +39,6 @@ def problem(row: Mapping[str, Any]) -> str:
 
 def verify(text: str, row: Mapping[str, Any], options: Mapping[str, Any]) -> Score:
     """1 for JSON that the schema allows, else 0; components: whether it is JSON at all."""
-    from jsonschema.validators import validator_for
-    from referencing import Registry
-
     said = without_thoughts(text)
     fenced = _FENCED.findall(said)
     try:
@@ -47,7 +46,7 @@ def verify(text: str, row: Mapping[str, Any], options: Mapping[str, Any]) -> Sco
     except (ValueError, RecursionError):
         return Score(0.0, components={"valid_json": 0.0})
     schema = _schema(row)
-    validator = validator_for(schema, default=_default())(schema, registry=Registry())
+    validator = validator_for(schema, default=Draft202012Validator)(schema, registry=Registry())
     return Score(float(validator.is_valid(value)), components={"valid_json": 1.0})
 
 
@@ -64,12 +63,6 @@ def _schema(row: Mapping[str, Any]) -> Any:
     if not isinstance(schema, Mapping | bool):
         raise ValueError("json_schema is no object")
     return schema
-
-
-def _default() -> Any:
-    from jsonschema import Draft202012Validator
-
-    return Draft202012Validator
 
 
 def _references(schema: Any) -> Iterator[str]:

@@ -1,4 +1,4 @@
-r"""Verifies a final answer as mathematics: plain numbers are compared here, everything else by math-verify in a worker.
+r"""Verifies a final answer as mathematics: plain numbers are compared here, the rest in a worker (math_expressions.py).
 
 The answer is what follows the last `####`, `A:` or `answer is`, or is in the last `\boxed{}`; else the whole text.
 """
@@ -105,24 +105,6 @@ def quick(text: str, row: Mapping[str, Any], options: Mapping[str, Any]) -> Scor
     return WRONG if said and all(plain for _, plain in known) else None
 
 
-def verify(text: str, row: Mapping[str, Any], options: Mapping[str, Any]) -> Score:
-    """The score by math-verify, in the main thread of a worker. Raises what math-verify raises."""
-    found = quick(text, row, options)
-    if found is not None:
-        return found
-    from math_verify import parse, verify
-
-    answer, announced = said_answer(text)
-    said = parse(_boxed(answer) if announced else answer[-LONGEST_ANSWER:], raise_on_error=True)
-    for right in map(right_answer, right_answers(row)):
-        known = parse(_boxed(right), raise_on_error=True)
-        if not known:
-            raise ValueError(f"the right answer cannot be read as mathematics: {right[:80]}")
-        if verify(known, said, raise_on_error=True):
-            return RIGHT
-    return WRONG
-
-
 def said_answer(text: str) -> tuple[str, bool]:
     """The final answer of a text, and whether it was announced as one; all of the text where none was."""
     text = without_thoughts(text)
@@ -177,7 +159,3 @@ def agree(said: Plain, right: Plain) -> bool:
     if right.measure == "%" and not said.measure:
         return right.value == said.value * 100
     return False
-
-
-def _boxed(answer: str) -> str:
-    return rf"\boxed{{{answer}}}"

@@ -6,30 +6,19 @@ Row: an entry of reasoning-gym: `question`, `answer` (or another column of the r
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from collections.abc import Mapping
 from difflib import get_close_matches
-from functools import cache
 from typing import Any
 
-from nemotron_launch.errors import UserError
+import reasoning_gym
+from reasoning_gym.factory import DATASETS
+
 from nemotron_launch.trainer.environments import Score
 from nemotron_launch.trainer.environments.answers import final_answer, right_answers, without_thoughts
 
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-
-
-def require() -> None:
-    """Raise UserError where reasoning-gym is not installed."""
-    if importlib.util.find_spec("reasoning_gym") is None:
-        raise UserError(
-            "reasoning-gym is not installed",
-            where="env_name: reasoning_gym",
-            hint="pip install 'nemotron-launch[rewards]'",
-            exit_code=1,
-        )
 
 
 def problem(row: Mapping[str, Any]) -> str:
@@ -41,8 +30,8 @@ def problem(row: Mapping[str, Any]) -> str:
     name = metadata.get("source_dataset")
     if not isinstance(name, str):
         return "missing key metadata.source_dataset"
-    if name not in _tasks():
-        near = get_close_matches(name, _tasks(), n=1)
+    if name not in DATASETS:
+        near = get_close_matches(name, DATASETS, n=1)
         return f"metadata.source_dataset is {name}, no task of reasoning-gym" + (
             f"; did you mean {near[0]}?" if near else ""
         )
@@ -51,8 +40,6 @@ def problem(row: Mapping[str, Any]) -> str:
 
 def verify(text: str, row: Mapping[str, Any], options: Mapping[str, Any]) -> Score:
     """The scorer's number, from 0 to 1. Raises what the scorer raises."""
-    import reasoning_gym
-
     metadata = _metadata(row)
     score = reasoning_gym.get_score_answer_fn(metadata["source_dataset"])
     answer = next(iter(right_answers({"answer": row.get("answer")}) or right_answers(row)), None)
@@ -81,10 +68,3 @@ def _metadata(row: Mapping[str, Any]) -> Mapping[str, Any]:
     if not isinstance(metadata, Mapping):
         raise ValueError("missing key metadata")
     return metadata
-
-
-@cache
-def _tasks() -> frozenset[str]:
-    from reasoning_gym.factory import DATASETS
-
-    return frozenset(DATASETS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +167,7 @@ def _verifier(name: str, math_type: str) -> Verifier | None:
     if name == "math" and math_type == "math":
         from nemotron_launch.trainer.environments import math
 
-        return Verifier(math.problem, math.quick, f"{math.__name__}:verify")
+        return Verifier(math.problem, math.quick, f"{math.__name__}_expressions:compare")
     if name == "math" or name == "multiple_choice":
         from nemotron_launch.trainer.environments import multiple_choice
 
@@ -193,9 +194,15 @@ def _verifier(name: str, math_type: str) -> Verifier | None:
 
         return Verifier(instruction_following.problem, slow=f"{instruction_following.__name__}:verify")
     if name == "reasoning_gym":
+        if find_spec("reasoning_gym") is None:
+            raise UserError(
+                "reasoning-gym is not installed",
+                where="env_name: reasoning_gym",
+                hint="pip install 'nemotron-launch[rewards]'",
+                exit_code=1,
+            )
         from nemotron_launch.trainer.environments import reasoning_gym
 
-        reasoning_gym.require()
         return Verifier(reasoning_gym.problem, slow=f"{reasoning_gym.__name__}:verify")
     return None
 
