@@ -58,6 +58,11 @@ class Rollouts:
         return torch.tensor([not score.lost for score in self.scores], dtype=torch.bool)
 
     @property
+    def invalid_calls_B(self) -> Tensor:
+        """Whether the score says, by its component `valid_calls`, that tool calls could not be read."""
+        return torch.tensor([score.components.get("valid_calls", 1.0) == 0 for score in self.scores], dtype=torch.bool)
+
+    @property
     def truncated_B(self) -> Tensor:
         return torch.tensor([not completion.stopped for completion in self.completions], dtype=torch.bool)
 

@@ -26,6 +26,7 @@ from nemotron_launch.trainer.advantages import (
     group_statistics,
     not_truncated,
     scale_rewards,
+    set_advantages,
     shape_rewards,
     varied,
 )
@@ -75,6 +76,7 @@ class Settings:
     micro_batch: int
     logprob_batch: int
     packing: Packing
+    invalid_tool_call: float | None = None  # the advantage of answers whose tool calls cannot be read
 
     @staticmethod
     def of(session: Session) -> Settings:
@@ -105,6 +107,7 @@ class Settings:
                 share_prompt=policy["shared_prompt"],
                 multiple_of=row_multiple(session),
             ),
+            invalid_tool_call=grpo["invalid_tool_call_advantage"],
         )
 
     @property
@@ -263,6 +266,7 @@ class RolloutTask:
             shaped_B, groups_B, leave_one_out=settings.leave_one_out, votes_B=known_B
         )
         advantages_B = advantages(shaped_B, baselines_B, stds_B, normalize=settings.normalize_rewards)
+        advantages_B = set_advantages(advantages_B, rollouts.invalid_calls_B, settings.invalid_tool_call)
         sample_mask_B = known_B.float()
         if settings.overlong_filtering:
             sample_mask_B = sample_mask_B * not_truncated(truncated_B)

@@ -205,3 +205,15 @@ def test_reward_rises(task):
     made.run.config = replace(made.run.config, max_epochs=50)
     rewards = [line["train/reward"] for line in made.steps(12)]
     assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.5
+
+
+def test_an_answer_whose_tool_calls_cannot_be_read_has_its_own_advantage(task):
+    def of(rollout):
+        unreadable = rollout.key[-1] == 0
+        return Score(reward(rollout).reward, components={"valid_calls": 0.0} if unreadable else {})
+
+    made = task(settings=replace(SETTINGS, invalid_tool_call=-5.0, clip=(-4.0, None)), environment=Scored(of))
+    rollouts, _, _ = made.task._collect(made.run.config, made.progress)
+    advantages = made.task._judged(rollouts).advantages_B.view(PROMPTS, SAMPLES)
+    assert (advantages[:, 0] == -4).all()  # clipped last
+    assert (advantages[:, 1:] > -4).all()

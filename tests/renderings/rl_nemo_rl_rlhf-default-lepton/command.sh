@@ -38,7 +38,7 @@ finish() {
     mv "$NEMOTRON_LOG_DIR/exit_code.node-$node.tmp" "$NEMOTRON_LOG_DIR/exit_code.node-$node"
     exec >&3
     for _ in {1..50}; do kill -0 "$copy" || break; sleep 0.1; done
-    echo "nemotron-exit e896b2f7a09186af attempt=$attempt node=$node code=$code"
+    echo "nemotron-exit efd7e53652afc1c6 attempt=$attempt node=$node code=$code"
     exit "$code"
 }
 trap finish EXIT
@@ -72,7 +72,7 @@ place() { # file mode sha256 variable parts
     chmod "$2" "$part"
     mv "$part" "$run_dir/$1"
 }
-place config.yaml 600 f03dc5f1280de6615b354103cccaccc9c413a7d8998020aa23a94fdaa6a8b5da NEMOTRON_FILE_0 1
+place config.yaml 600 fef047af3da68c78bd61610eda571ea8a54fe1a6fb9f8c42cdc03e1a02da7a33 NEMOTRON_FILE_0 1
 if [[ ! -e $run_dir/code ]]; then
     place code.tar.gz 600 0000000000000000000000000000000000000000000000000000000000000000 NEMOTRON_BUNDLE 1
     fresh=$run_dir/.code.node-$node

@@ -38,7 +38,7 @@ finish() {
     mv "$NEMOTRON_LOG_DIR/exit_code.node-$node.tmp" "$NEMOTRON_LOG_DIR/exit_code.node-$node"
     exec >&3
     for _ in {1..50}; do kill -0 "$copy" || break; sleep 0.1; done
-    echo "nemotron-exit 97e0e9857fa528d7 attempt=$attempt node=$node code=$code"
+    echo "nemotron-exit 386b519a6f0c9425 attempt=$attempt node=$node code=$code"
     exit "$code"
 }
 trap finish EXIT
@@ -72,7 +72,7 @@ place() { # file mode sha256 variable parts
     chmod "$2" "$part"
     mv "$part" "$run_dir/$1"
 }
-place config.yaml 600 0334f3f9f5b0e1ea4a965e96f5ee1a27389d9b5a7e4dcbfcaecd47612b5ca1cc NEMOTRON_FILE_0 1
+place config.yaml 600 f18d1bd60fd794557104907f457f71f6b620e6a2c5eb2afb50f2e0510ad67c24 NEMOTRON_FILE_0 1
 if [[ ! -e $run_dir/code ]]; then
     place code.tar.gz 600 0000000000000000000000000000000000000000000000000000000000000000 NEMOTRON_BUNDLE 1
     fresh=$run_dir/.code.node-$node

@@ -38,7 +38,7 @@ finish() {
     mv "$NEMOTRON_LOG_DIR/exit_code.node-$node.tmp" "$NEMOTRON_LOG_DIR/exit_code.node-$node"
     exec >&3
     for _ in {1..50}; do kill -0 "$copy" || break; sleep 0.1; done
-    echo "nemotron-exit faf07c506f132266 attempt=$attempt node=$node code=$code"
+    echo "nemotron-exit 1754c8656774adf7 attempt=$attempt node=$node code=$code"
     exit "$code"
 }
 trap finish EXIT
@@ -67,7 +67,7 @@ place() { # file mode sha256 variable parts
     chmod "$2" "$part"
     mv "$part" "$run_dir/$1"
 }
-place config.yaml 600 61f3f1c07189c20238a5c154a1ad0ae243bdbaa54f2b5697688a719582d50f86 NEMOTRON_FILE_0 1
+place config.yaml 600 b8b78f7ea923c8dbf29c17c0aa830f43113da506603236ace4feb74f808c13d1 NEMOTRON_FILE_0 1
 if [[ ! -e $run_dir/code ]]; then
     place code.tar.gz 600 0000000000000000000000000000000000000000000000000000000000000000 NEMOTRON_BUNDLE 1
     fresh=$run_dir/.code.node-$node

@@ -38,7 +38,7 @@ finish() {
     mv "$NEMOTRON_LOG_DIR/exit_code.node-$node.tmp" "$NEMOTRON_LOG_DIR/exit_code.node-$node"
     exec >&3
     for _ in {1..50}; do kill -0 "$copy" || break; sleep 0.1; done
-    echo "nemotron-exit 138b1ad30b9c7125 attempt=$attempt node=$node code=$code"
+    echo "nemotron-exit 72c2bfc07025a230 attempt=$attempt node=$node code=$code"
     exit "$code"
 }
 trap finish EXIT
@@ -67,7 +67,7 @@ place() { # file mode sha256 variable parts
     chmod "$2" "$part"
     mv "$part" "$run_dir/$1"
 }
-place config.yaml 600 f5b8b9089e55715eabc00d58052702b26077509b6758f647a4ea368283776035 NEMOTRON_FILE_0 1
+place config.yaml 600 c82a8b739827edd61d8615e14c835481cf8fd095786e37ec246ebea1e1400cb1 NEMOTRON_FILE_0 1
 if [[ ! -e $run_dir/code ]]; then
     place code.tar.gz 600 0000000000000000000000000000000000000000000000000000000000000000 NEMOTRON_BUNDLE 1
     fresh=$run_dir/.code.node-$node

@@ -38,7 +38,7 @@ finish() {
     mv "$NEMOTRON_LOG_DIR/exit_code.node-$node.tmp" "$NEMOTRON_LOG_DIR/exit_code.node-$node"
     exec >&3
     for _ in {1..50}; do kill -0 "$copy" || break; sleep 0.1; done
-    echo "nemotron-exit 5bb2def77b22d374 attempt=$attempt node=$node code=$code"
+    echo "nemotron-exit e30fcf566414d7c5 attempt=$attempt node=$node code=$code"
     exit "$code"
 }
 trap finish EXIT
@@ -69,7 +69,7 @@ place() { # file mode sha256 variable parts
     chmod "$2" "$part"
     mv "$part" "$run_dir/$1"
 }
-place config.yaml 600 a5d78479a01b790c599ec7e55c5c0764cb991e9fd1d171ccc736646575b93ea6 NEMOTRON_FILE_0 1
+place config.yaml 600 34a6918b96c562711bb68c52abcf69627c780c40393a6913b7ce4e1d35b773f6 NEMOTRON_FILE_0 1
 if [[ ! -e $run_dir/code ]]; then
     place code.tar.gz 600 0000000000000000000000000000000000000000000000000000000000000000 NEMOTRON_BUNDLE 1
     fresh=$run_dir/.code.node-$node

@@ -38,7 +38,7 @@ finish() {
     mv "$NEMOTRON_LOG_DIR/exit_code.node-$node.tmp" "$NEMOTRON_LOG_DIR/exit_code.node-$node"
     exec >&3
     for _ in {1..50}; do kill -0 "$copy" || break; sleep 0.1; done
-    echo "nemotron-exit f63483d296abd1f6 attempt=$attempt node=$node code=$code"
+    echo "nemotron-exit 5e71f5f957e6cb35 attempt=$attempt node=$node code=$code"
     exit "$code"
 }
 trap finish EXIT
@@ -69,7 +69,7 @@ place() { # file mode sha256 variable parts
     chmod "$2" "$part"
     mv "$part" "$run_dir/$1"
 }
-place config.yaml 600 2c430ac52850aa242c510bb6f0ce34f3282206e59d6438c59e32422437372153 NEMOTRON_FILE_0 1
+place config.yaml 600 19e5dde6a7dcca8f5d6015092b16cdc0a2dc591796afe59fb4f605185424a905 NEMOTRON_FILE_0 1
 if [[ ! -e $run_dir/code ]]; then
     place code.tar.gz 600 0000000000000000000000000000000000000000000000000000000000000000 NEMOTRON_BUNDLE 1
     fresh=$run_dir/.code.node-$node

@@ -38,7 +38,7 @@ finish() {
     mv "$NEMOTRON_LOG_DIR/exit_code.node-$node.tmp" "$NEMOTRON_LOG_DIR/exit_code.node-$node"
     exec >&3
     for _ in {1..50}; do kill -0 "$copy" || break; sleep 0.1; done
-    echo "nemotron-exit 09c729277d15349d attempt=$attempt node=$node code=$code"
+    echo "nemotron-exit 80f6660e67858c13 attempt=$attempt node=$node code=$code"
     exit "$code"
 }
 trap finish EXIT
@@ -67,7 +67,7 @@ place() { # file mode sha256 variable parts
     chmod "$2" "$part"
     mv "$part" "$run_dir/$1"
 }
-place config.yaml 600 68945aa0ef9559ba15a4657b3f9cdd2ebedc22d53d5f6e069aac3af7c79c8e66 NEMOTRON_FILE_0 1
+place config.yaml 600 0081a661feab8959f57e79b6230e643cdd42e58f77b446495e9b224a97645772 NEMOTRON_FILE_0 1
 if [[ ! -e $run_dir/code ]]; then
     place code.tar.gz 600 0000000000000000000000000000000000000000000000000000000000000000 NEMOTRON_BUNDLE 1
     fresh=$run_dir/.code.node-$node

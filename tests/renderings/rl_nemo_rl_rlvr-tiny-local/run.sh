@@ -56,6 +56,7 @@ grpo:
     name: grpo
   async_grpo:
     enabled: false
+  invalid_tool_call_advantage: null
 loss_fn:
   reference_policy_kl_penalty: 0
   reference_policy_kl_type: k3
