@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 
 from nemotron_launch.backends.live import Refused
 from nemotron_launch.frozen import replace
+from nemotron_launch.job import Container
 from nemotron_launch.jobs.run import Run
 from tests.slurm.client_runs import Site, site_of
 from tests.slurm.cluster import Cluster
@@ -77,3 +80,107 @@ def test_where_nodes_may_not_submit_the_client_does(site: Site) -> None:
     assert begins(site, run) == ["0", "1"] and len(site.jobs(run)) == 2
     with pytest.raises(Refused, match="has had its 1 restarts"):
         site.client.submit_successor(replace(heir, attempt=1))
+
+
+def test_two_clients_that_submit_a_successor_at_once_make_one(site: Site) -> None:
+    denied = 'echo "sbatch: error: Access denied" >&2; exit 1'
+    site.fault("sbatch", f'case $(hostname) in node*) {denied} ;; esac; sleep 0.5; real "$@"')
+    run = preempted(site, "cheap", max_restarts=1)
+    site.until(run, lambda seen: seen.wants_successor)
+    with ThreadPoolExecutor(3) as pool:
+        made = {each.job_id for each in pool.map(site.client.submit_successor, [run] * 3)}
+    assert len(made) == 1 and len(site.jobs(run)) == 2, site.logs(run)
+    assert site.end(replace(run, job_id=made.pop())).state == "finished"
+    # Nor does a job that claims to succeed without having been named.
+    script = Path(run.run_dir, "job.sbatch")
+    stranger = site.cluster.submit(f"--export=ALL,NEMOTRON_SUCCEEDS={run.job_id},NEMOTRON_RESTARTS=1", script)
+    assert site.cluster.wait(stranger)["ExitCode"] == "86:0"
+
+
+def test_with_time_left_the_run_saves_and_requeues_itself(site: Site) -> None:
+    run = preempted(site, "patient", max_restarts=2)
+    seen = site.end(run)
+    assert (seen.state, seen.attempt, seen.job_id) == ("finished", 1, run.job_id), site.logs(run)
+    assert begins(site, run) == ["0", "1"] and list(Path(run.run_dir).glob("saved-0-0"))
+
+
+def test_a_site_that_requeues_is_left_to_it(site: Site) -> None:
+    run = preempted(site, "again", max_restarts=2)
+    seen = site.end(run)
+    assert (seen.state, seen.attempt, seen.job_id) == ("finished", 1, run.job_id), site.logs(run)
+    assert begins(site, run) == ["0", "1"] and len(site.jobs(run)) == 1
+
+
+def test_a_run_that_may_not_be_requeued_saves_and_goes_on_as_another_job(site: Site) -> None:
+    body = f"{TRAINS.replace('time.sleep(300)', 'sys.exit(85)')}"
+    run = site.submit(site.run(body, max_restarts=2, options={"requeue": False}, config=CONFIG))
+    seen = site.until(run, lambda seen: seen.job_id != run.job_id)
+    seen = site.end(replace(run, job_id=seen.job_id))
+    assert (seen.state, seen.attempt) == ("finished", 1), site.logs(run)
+    assert begins(site, run) == ["0", "1"] and len(site.jobs(run)) == 2
+
+
+def test_a_node_that_dies_without_a_word_is_succeeded_by_the_client(site: Site) -> None:
+    run = site.run(TRAINS, max_restarts=2, options={"requeue": False, "nodelist": "node4"}, config=CONFIG)
+    run = site.submit(run)
+    site.until(run, lambda seen: "saved" in site.logs(run))
+    site.cluster.kill_node("node4")
+    try:
+        site.cluster.run("scontrol", "update", "nodename=node4", "state=down", "reason=test")
+        seen = site.until(run, lambda seen: seen.wants_successor)
+        assert (seen.state, seen.reason) == ("pending", "a node failed; to be submitted again")
+    finally:
+        site.cluster.start_node("node4")
+        site.cluster.run("scontrol", "update", "nodename=node4", "state=resume", check=False)
+    heir = replace(run, job_id=site.client.submit_successor(run).job_id)
+    seen = site.end(heir)
+    assert (seen.state, seen.attempt) == ("finished", 1), site.logs(run)
+    assert begins(site, run) == ["0", "1"]
+
+
+def test_a_run_out_of_time_goes_on_without_having_saved(site: Site) -> None:
+    deaf = "for number in (signal.SIGUSR1, signal.SIGTERM): signal.signal(number, signal.SIG_IGN)\n"
+    run = site.run(deaf + TRAINS, max_restarts=1, config=CONFIG)
+    run = site.submit(run)
+    site.until(run, lambda seen: "saved" in site.logs(run))
+    site.cluster.run("scontrol", "update", f"JobId={run.job_id}", "TimeLimit=0:01")
+    seen = site.until(run, lambda seen: seen.job_id != run.job_id, 90)
+    seen = site.end(replace(run, job_id=seen.job_id))
+    assert (seen.state, seen.attempt) == ("finished", 1), site.logs(run)
+    assert begins(site, run) == ["0", "1"] and "out of time: job" in site.logs(run)
+
+
+def test_two_attempts_without_a_checkpoint_end_the_run_with_the_reason(site: Site) -> None:
+    run = site.submit(site.run("sys.exit(85)", max_restarts=9, options={"requeue": False}, config=CONFIG))
+    seen = site.until(run, lambda seen: seen.job_id != run.job_id)
+    seen = site.end(replace(run, job_id=seen.job_id))
+    assert (seen.state, seen.exit_code) == ("failed", 1), site.logs(run)
+    assert seen.reason == "two attempts without a new checkpoint; the newest is none"
+    assert len(site.jobs(run)) == 2
+
+
+# A process of the real `spawn`, with the trainer's own handling of signals, that stops working.
+HANGS = """
+import os, time
+from nemotron_launch.trainer.signals import StopRequest
+with StopRequest():
+    def all_reduce_that_never_ends(): time.sleep(300)
+    all_reduce_that_never_ends()
+"""
+
+
+def test_a_trainer_that_hangs_leaves_every_ranks_stack_and_goes_on(site: Site, tmp_path: Path) -> None:
+    script = tmp_path / "hangs.py"
+    script.write_text(HANGS)
+    root = Path(__file__).resolve().parents[2]
+    spawn = [sys.executable, "-m", "nemotron_launch.trainer.spawn", "--procs", "2", "--output-dir", "output", "--"]
+    run = site.run(
+        command=(*spawn, str(script)), nodes=2, procs=2, max_restarts=1, env={"PYTHONPATH": str(root)},
+        options={"hang_timeout": 3, "requeue": False}, config=CONFIG, container=Container(python="true"),
+    )  # fmt: skip
+    run = site.submit(run)
+    site.until(run, lambda seen: seen.job_id != run.job_id)
+    assert "error: no step for 3 s" in site.logs(run)
+    logs = [Path(run.state_dir, "logs", "attempt-0", "node-0.log")]
+    logs += [Path(run.output_dir, "logs", f"rank_{rank}.log") for rank in (1, 2, 3)]
+    assert all("in all_reduce_that_never_ends" in log.read_text() for log in logs), site.logs(run)
