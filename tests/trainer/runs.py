@@ -162,7 +162,7 @@ class Run:
 
     def numbers(self) -> dict[int, dict[str, float]]:
         """Of each step what training and validation computed: all but times."""
-        kept = ("train/", "validation-", "epoch")
+        kept = ("train/", "validation", "epoch")
         return {
             line["step"]: {key: value for key, value in line.items() if key.startswith(kept)} for line in self.metrics()
         }

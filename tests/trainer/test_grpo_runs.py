@@ -1,0 +1,112 @@
+"""Whole runs of rl/nemo_rl/rlvr: killed and resumed, in every layout, refused before the first rollout."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runs import Run, assert_same_tensors, refuse
+
+pytestmark = pytest.mark.slow
+KILLED = 137
+KEPT = {"checkpointing.keep_top_k": 9, "checkpointing.metric_name": None}
+
+
+@pytest.fixture(scope="module")
+def rlvr(warm_start, tmp_path_factory):
+    """Makes a small run of rl/nemo_rl/rlvr, not yet started."""
+
+    def rlvr(folder: Path | None = None, *, procs: int = 1, **options: Any) -> Run:
+        run = Run("grpo", folder or tmp_path_factory.mktemp("rlvr"), dict(KEPT), procs)
+        return run.with_(checkpointing__pretrained_checkpoint__path=str(warm_start.checkpoints)).with_(**options)
+
+    return rlvr
+
+
+@pytest.fixture(scope="module")
+def whole(rlvr) -> Run:
+    """A run that nothing disturbed."""
+    run = rlvr()
+    finished = run.go()
+    assert finished.code == 0, finished.said
+    return run
+
+
+def samples(run: Run) -> list[dict[str, Any]]:
+    """samples.jsonl, wherever the run's rows lie."""
+    lines = [json.loads(line) for line in (run.out / "samples.jsonl").read_text().splitlines()]
+    return [{**line, "source": Path(line["source"]).name} for line in lines]
+
+
+def without_times(run: Run) -> dict[int, dict[str, float]]:
+    return {
+        step: {name: value for name, value in line.items() if "slowest" not in name}
+        for step, line in run.numbers().items()
+    }
+
+
+def test_a_run_learns_validates_and_saves(whole):
+    assert whole.saved() == [2, 4, 6, 7]
+    lines = whole.numbers()
+    assert [step for step, line in lines.items() if "validation/accuracy" in line] == [0, 3, 6, 7]
+    assert any(line["train/reward_std_within_groups"] > 0 for step, line in lines.items() if step)
+    assert all("train/reference_kl" in line for step, line in lines.items() if step)
+    info = whole.info(6)
+    assert info["val:accuracy"] == lines[6]["validation/accuracy"]
+    assert (info["epoch"], info["step_in_epoch"], info["consumed_samples"]) == (1, 0, 6 * 32)
+
+
+def test_killed_twice_a_run_ends_like_one_never_killed(whole, rlvr):
+    run = rlvr()
+    for patch, saved in (
+        ("at_call(policy.Policy, 'train_step', 6, kill)", [2]),  # between the two updates of step 3
+        ("at_call(metrics.MetricsLog, 'log', 3, kill)", [2, 4]),  # step 5 is trained, but in no file
+    ):
+        attempt = run.go(patch=patch)
+        assert attempt.code == KILLED, attempt.said
+        assert run.saved() == saved
+    finished = run.go()
+    assert finished.code == 0, finished.said
+    assert without_times(run) == without_times(whole)
+    assert samples(run) == samples(whole)
+    assert_same_tensors(run.tensors(7), whole.tensors(7))
+
+
+LAYOUTS = {
+    "tensor 2": {"procs": 2, "policy__megatron_cfg__tensor_model_parallel_size": 2},
+    "pipeline 2": {"procs": 2, "policy__megatron_cfg__pipeline_model_parallel_size": 2},
+    "data 2": {"procs": 2},
+}
+TWO_LAYERS: dict[str, Any] = {"policy__architecture__num_layers": 2}
+
+
+@pytest.fixture(scope="module")
+def two_layers(rlvr, tmp_path_factory):
+    """Makes runs of two layers, which two stages can share, from the same weights."""
+    start = Run("sft", tmp_path_factory.mktemp("two_layers")).with_(**TWO_LAYERS, sft__max_num_steps=2)
+    assert start.go().code == 0
+
+    def two_layers(**options: Any) -> Run:
+        run = rlvr(**TWO_LAYERS, grpo__max_num_steps=3, **options)
+        run = run.with_(checkpointing__pretrained_checkpoint__path=str(start.checkpoints))
+        finished = run.go()
+        assert finished.code == 0, finished.said
+        return run
+
+    return two_layers
+
+
+@pytest.fixture(scope="module")
+def alone(two_layers) -> Run:
+    return two_layers()
+
+
+@pytest.mark.parametrize("options", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_every_layout_writes_and_learns_the_same(alone, two_layers, options):
+    run = two_layers(**options)
+    assert samples(run) == samples(alone)
+    assert without_times(run).keys() == without_times(alone).keys()
+    for step, line in without_times(alone).items():
+        assert without_times(run)[step] == pytest.approx(line, rel=1e-5, abs=1e-5), step
