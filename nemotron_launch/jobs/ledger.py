@@ -164,7 +164,7 @@ class Ledger:
             values += states
         if sweep is not None:
             terms.append("sweep = ?")
-            values.append(sweep)
+            values.append(_plain(sweep))
         found: list[Run] = []
         query = f"SELECT data FROM runs WHERE {' AND '.join(terms)} ORDER BY created DESC, sweep, point, run_id"
         with self._said():
@@ -294,7 +294,7 @@ class Ledger:
         return self._db.execute(query, (_plain(name), _plain(name))).fetchone() is not None
 
     def _put(self, statement: str, run: Run) -> None:
-        values = (_written(run), run.state, run.sweep, run.point, run.created, run.run_id)
+        values = (_written(run), run.state, _plain(run.sweep), run.point, run.created, _plain(run.run_id))
         self._db.execute(statement, values)
 
 

@@ -20,8 +20,8 @@ def alive(name: str) -> bool | None:
     if host != os.uname().nodename:
         return None
     pid = int(number)
-    if start:
-        return _start(pid) == start
+    if start or _start(os.getpid()):
+        return bool(start) and _start(pid) == start
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

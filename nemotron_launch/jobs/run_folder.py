@@ -20,6 +20,7 @@ LC_ALL=C; export LC_ALL
 look() {{
     printf '@@%s\\n' "$1"
     tail -c {_LINE} -- "$2/metrics.jsonl" 2> /dev/null | tail -n 2 | sed 's/^/metrics /'
+    echo # the last line may have no end yet
     if [ -n "$3" ]; then
         for step in "$3"/step_*; do
             name=${{step##*/step_}}

@@ -201,7 +201,10 @@ def kept(folder: Path, run_id: str) -> list[Upload]:
     files = [path for path in sorted(home.rglob("*")) if path.is_file()]
     if not files:
         raise UserError(
-            f"the files of {run_id} are no longer kept", where=str(home), hint="submit a new run", exit_code=1
+            f"the files of {run_id} are no longer kept",
+            where=str(home),
+            hint="the command that started it, run again, goes on from its last checkpoint",
+            exit_code=1,
         )
     return [Upload(str(path.relative_to(home)), path.read_bytes(), path.stat().st_mode & 0o777) for path in files]
 
