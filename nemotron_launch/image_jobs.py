@@ -139,13 +139,13 @@ def stored(text: str) -> list[Stored]:
     """What `look` printed."""
     found: list[Stored] = []
     lines = text.splitlines()
-    for line, after in zip(lines, [*lines[1:], ""], strict=True):
+    for n, line in enumerate(lines):
         if not line.startswith("image "):
             continue
         _, size, whole, used, now, name = line.split(" ", 5)
         noted: dict[str, Any] = {}
         with suppress(ValueError):  # an older import, or one by hand
-            noted = json.loads(after.partition(" ")[2])
+            noted = json.loads(lines[n + 1].partition(" ")[2])
         known = {key: str(noted.get(key, "")) for key in ("uri", "digest", "sha256", "imported")}
         found.append(Stored(name, int(size), whole == "1", float(used), now=now.strip("-"), **known))
     return found

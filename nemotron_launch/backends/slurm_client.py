@@ -13,6 +13,7 @@ from nemotron_launch.backends import slurm_scripts as scripts
 from nemotron_launch.backends.live import LogSource, Refused, Seen, Submission
 from nemotron_launch.backends.slurm import IMPORT, MAIN, SECRETS
 from nemotron_launch.backends.slurm_states import (
+    FALLEN,
     Folder,
     Record,
     folders,
@@ -299,7 +300,22 @@ class SlurmClient:
             if seen:
                 moved_to = moved.get(run.run_id, ("",))[0]
                 found[run.run_id] = replace(seen, job_id=moved_to) if moved_to else seen
-        return found
+        return found | self._without_image([run for run in ended if run.run_id in found], found)
+
+    def _without_image(self, runs: Sequence[Run], found: Mapping[str, Seen]) -> dict[str, Seen]:
+        """Of the runs whose predecessor failed those for which it was the import of their image, with its reason."""
+        fallen = [run for run in runs if found[run.run_id].reason == FALLEN]
+        why: dict[str, str] = {}
+        for folder in dict.fromkeys(run.run_dir for run in fallen):
+            note = self.host.read({posixpath.join(folder, image_jobs.NOTE): 0}).values()
+            log = "".join(data.decode(errors="replace").strip().partition(" ")[2] for data in note)
+            said = self.host.read({log: 0}).values() if log else ()
+            why[folder] = image_jobs.failure("".join(data.decode(errors="replace") for data in said))
+        return {
+            run.run_id: replace(found[run.run_id], state="failed", exit_code=1, reason=f"its image: {why[run.run_dir]}")
+            for run in fallen
+            if why[run.run_dir]
+        }
 
     def _records(self, wanted: Mapping[str, tuple[str, str]]) -> dict[str, Record]:
         """By key: what the controller knows of these (job id, cluster)."""

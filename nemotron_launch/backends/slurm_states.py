@@ -14,6 +14,7 @@ from nemotron_launch.frozen import field, frozen
 from nemotron_launch.jobs.run import State
 
 RESUME_ME = 85  # of an attempt that saved and wants to go on
+FALLEN = "the run before it did not finish"
 SILENT = 900.0  # seconds without a word in its folder after which a run that Slurm has forgotten counts as lost
 
 # squeue --Format: fields with their widths; the comment last, which may hold anything.
@@ -44,8 +45,8 @@ _SHORT = {
 _PLAIN = {
     "Priority": "jobs of higher priority are first",
     "Resources": "no free nodes",
-    "Dependency": "another run comes first",
-    "DependencyNeverSatisfied": "the run before it did not finish",
+    "Dependency": "another run, or the import of its image, comes first",
+    "DependencyNeverSatisfied": FALLEN,
     "JobHeldUser": "held; scontrol release lets it go",
     "JobHeldAdmin": "held by an administrator",
     "BeginTime": "its time has not come",
@@ -361,7 +362,7 @@ def _verdict(code: int, reason: str) -> tuple[State, str]:
 
 def _cancelled(record: Record | None) -> str:
     if record and record.reason == "DependencyNeverSatisfied":
-        return "the run before it did not finish"
+        return FALLEN
     return f"by user {record.by}" if record and record.by else ""
 
 

@@ -72,6 +72,7 @@ nemotron = LazyGroup(
         "steps": ("nemotron_launch.cli.steps:steps", "List, show and run steps."),
         "jobs": ("nemotron_launch.cli.jobs:jobs", "List, follow, cancel and resubmit runs."),
         "profiles": ("nemotron_launch.cli.profiles:profiles", "List, show, check and write profiles."),
+        "images": ("nemotron_launch.cli.images:images", "List, import and remove container images of a Slurm profile."),
         "doctor": ("nemotron_launch.cli.doctor:doctor", "Show what this machine's trainer can do, and what it lacks."),
         "completion": ("nemotron_launch.cli.completion:completion", "Print the shell's completion script."),
     },

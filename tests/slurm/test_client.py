@@ -168,7 +168,7 @@ def test_a_run_after_another_waits_for_it_and_falls_with_it(site: Site) -> None:
     first = site.submit(site.run("until(RUN / 'go')\nsys.exit(3)"))
     second = site.submit(site.run(), after=[first])
     seen = site.until(second, lambda seen: seen.reason)
-    assert (seen.state, seen.reason) == ("pending", "another run comes first (Dependency)")
+    assert (seen.state, seen.reason) == ("pending", "another run, or the import of its image, comes first (Dependency)")
     Path(first.run_dir, "go").touch()
     assert site.end(first).exit_code == 3
     seen = site.end(second)

@@ -136,8 +136,8 @@ def test_more_points_than_the_cluster_takes_are_refused_with_the_number(tree: Pa
 
 TINY = [
     "cluster.num_nodes=2", "cluster.procs_per_node=2", "dpo.max_num_steps=3", "dpo.val_period=0",
-    "dpo.val_at_start=false", "dpo.val_at_end=false", "dpo.val_global_batch_size=40", "dpo.val_generation.num_prompts=0",
-    "checkpointing.pretrained_checkpoint.path=null",
+    "dpo.val_at_start=false", "dpo.val_at_end=false", "dpo.val_global_batch_size=40",
+    "dpo.val_generation.num_prompts=0", "checkpointing.pretrained_checkpoint.path=null",
     "policy.architecture.num_layers=1", "policy.architecture.hidden_size=32",
     "policy.architecture.num_attention_heads=2", "policy.architecture.intermediate_size=32",
     "policy.train_global_batch_size=8", "policy.train_micro_batch_size=2", "checkpointing.metric_name=null",
