@@ -23,7 +23,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -158,12 +158,14 @@ class CodeEnvironment:
             return self._limits
         self._tried = True
         limits, why = self._limits, ""
-        for isolated in (True, False) if self._allow_unisolated else (True,):
-            tried = Limits(60.0, max(limits.memory_mib, 256), max(limits.processes, 1), 64, isolated)
+        # Without namespaces a user that nobody is may not even reach this Python; then it is as this user.
+        for isolated, own_user in ((True, True), (False, True), (False, False))[: 3 if self._allow_unisolated else 1]:
+            allowed = replace(limits, isolated=isolated, own_user=own_user)
+            tried = replace(allowed, seconds=60.0, memory_mib=max(limits.memory_mib, 256), output_kib=64)
             try:
                 (end,) = run_programs({"program.py": "print('ready')"}, [Program(python("program.py"))], tried)
                 if end.stdout == "ready\n":
-                    return Limits(limits.seconds, limits.memory_mib, limits.processes, limits.output_kib, isolated)
+                    return allowed
                 why = why or (end.stderr.strip().splitlines() or [end.problem or f"exit code {end.code}"])[-1]
             except NoIsolation as error:
                 why = why or str(error)

@@ -253,7 +253,7 @@ def become(argv: list[str], spec: dict[str, Any], stdio: tuple[int, int, int]) -
         for signo in (signal.SIGINT, signal.SIGPIPE, signal.SIGXFSZ):
             signal.signal(signo, signal.SIG_DFL)
         limit(spec)
-        if os.geteuid() == 0:
+        if os.geteuid() == 0 and spec["own_user"]:
             drop_user(spec["number"])
         LIBC.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
         refuse_calls(sockets=spec["isolated"])

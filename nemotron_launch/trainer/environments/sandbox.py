@@ -31,13 +31,17 @@ _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 @dataclass(frozen=True)
 class Limits:
-    """What all programs of one call may use: wall-clock seconds, memory, processes, and output and files."""
+    """What all programs of one call may use: wall-clock seconds, memory, processes, and output and files.
+
+    isolated: in namespaces of their own. own_user: root runs them as a user that nobody is.
+    """
 
     seconds: float = 10.0
     memory_mib: int = 1024
     processes: int = 16
     output_kib: int = 1024
     isolated: bool = True
+    own_user: bool = True
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,7 @@ def run_programs(
     spec = {
         "parent": os.getpid(),
         "isolated": limits.isolated,
+        "own_user": limits.own_user,
         "files": dict(files),
         "files_kib": sum(len(text) for text in files.values()) * 4 // 1024,
         "runs": [{"argv": list(program.argv), "stdin": program.stdin} for program in programs],

@@ -18,7 +18,6 @@ Open = Callable[..., Environments]
 Scores = Callable[..., list[Score]]
 
 
-
 @pytest.fixture(scope="session")
 def defaults() -> dict[str, Any]:
     """What the step's schema and its config say where nothing else does."""
