@@ -17,18 +17,30 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+
+from tests.slurm import accounting
 
 WAIT = 60.0  # seconds, for what takes a few on an idle machine
-PROGRAMS = ("sbatch", "srun", "slurmctld", "slurmd", "munged", "unshare", "ch-run", "mksquashfs")
-PACKAGES = "slurm-wlm munge charliecloud squashfs-tools"
+PROGRAMS = ("sbatch", "srun", "slurmctld", "slurmd", "munged", "unshare", "ch-run", "mksquashfs", *accounting.PROGRAMS)
+PACKAGES = "slurm-wlm munge slurmdbd slurm-wlm-mysql-plugin mariadb-server charliecloud squashfs-tools"
+NO_ACCOUNTING = """\
+AccountingStorageType=accounting_storage/none
+JobCompType=jobcomp/filetxt
+JobCompLoc={root}/state/jobcomp.txt"""
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "BOOT_FAIL"}
 
 
 class Cluster:
     """The daemons, and the commands that talk to them."""
 
-    def __init__(self, root: Path, *, nodes: int = 4, cpus: int = 4, gpus: int = 8) -> None:
+    def __init__(
+        self, root: Path, *, nodes: int = 4, cpus: int = 4, gpus: int = 8, accounting: bool = False, keeps: int = 600
+    ) -> None:
+        """keeps: seconds for which the controller remembers a job that has ended (MinJobAge)."""
         self.root = root
+        self.accounting, self.keeps = accounting, keeps
+        self._ports = _free_ports(nodes + 3)
         self.nodes, self.cpus, self.gpus = nodes, cpus, gpus
         self.conf = root / "etc" / "slurm.conf"
         # Only what Slurm's commands need: sbatch hands its whole environment to the job.
@@ -88,12 +100,23 @@ class Cluster:
         )  # fmt: skip
         probe = ["munge", "--no-input", f"--socket={run}/munge.socket"]
         self.until(lambda: subprocess.run(probe, capture_output=True).returncode == 0, "munged", 10)
-        self._spawn("slurmctld", "slurmctld", "-D", "-i", "-f", str(self.conf))
-        self.until(lambda: "is UP" in self.run("scontrol", "ping", check=False), "slurmctld", 30)
+        if self.accounting:
+            accounting.start(self.root, (self._ports[-1], self._ports[-2]), self.env, self._spawn, self.until)
+        self.start_controller("-i")
         for n in range(self.nodes):
             self.start_node(f"node{n + 1}")
         states = ("sinfo", "-h", "-N", "-p", "batch", "-o", "%t")
         self.until(lambda: self.run(*states).split() == ["idle"] * self.nodes, "idle nodes")
+
+    def start_controller(self, *options: str) -> None:
+        """-i: without the state that an earlier one has saved."""
+        self._spawn("slurmctld", "slurmctld", "-D", *options, "-f", str(self.conf))
+        self.until(lambda: "is UP" in self.run("scontrol", "ping", check=False), "slurmctld", 30)
+
+    def kill_controller(self) -> None:
+        daemon = self._daemons.pop("slurmctld")
+        daemon.kill()
+        daemon.wait()
 
     def start_node(self, name: str) -> None:
         """A node with a host name, a disk and process ids of its own; to kill its daemon is to pull its plug."""
@@ -116,7 +139,8 @@ class Cluster:
             self.run("scancel", "--user=root", "--full", "--signal=KILL", check=False)
             self.run("scancel", "--user=root", check=False)
         # The controller first, while it can still save its state; the nodes by SIGKILL, which ends all on them.
-        for name in sorted(self._daemons, key=lambda name: ["slurmctld", "slurmd", "munged"].index(name.split("-")[0])):
+        order = ["slurmctld", "slurmd", "slurmdbd", "mariadbd", "munged"]
+        for name in sorted(self._daemons, key=lambda name: order.index(name.split("-")[0])):
             daemon = self._daemons.pop(name)
             daemon.send_signal(signal.SIGKILL if name.startswith("slurmd-") else signal.SIGTERM)
             try:
@@ -137,12 +161,13 @@ class Cluster:
         addresses = {name: f"127.0.1.{n + 1}" for n, name in enumerate(names)}
         lines = [f"127.0.0.1 localhost {host}", *(f"{address} {name}" for name, address in addresses.items())]
         (root / "etc" / "hosts").write_text("\n".join(lines) + "\n")
-        ports = _free_ports(self.nodes + 1)
+        ports = self._ports
+        store = accounting.settings(root, ports[-2]) if self.accounting else NO_ACCOUNTING.format(root=root)
         nodes = "\n".join(
             f"NodeName={name} NodeHostname={name} NodeAddr={addresses[name]} Port={port} CPUs={self.cpus} Boards=1 "
             f"SocketsPerBoard=1 CoresPerSocket={self.cpus} ThreadsPerCore=1 RealMemory=8000 Gres=gpu:{self.gpus} "
             "Feature=fast"
-            for name, port in zip(names, ports[1:], strict=True)
+            for name, port in zip(names, ports[1:-2], strict=True)
         )
         (root / "etc" / "gres.conf").write_text(
             f"NodeName=node[1-{self.nodes}] Name=gpu File={root}/dev/nvidia[0-{self.gpus - 1}]\n"
@@ -181,7 +206,7 @@ SlurmctldTimeout=30
 SlurmdTimeout=10
 InactiveLimit=0
 KillWait=5
-MinJobAge=600
+MinJobAge={self.keeps}
 MaxArraySize=1001
 MaxJobCount=20000
 JobRequeue=1
@@ -189,9 +214,7 @@ MailProg=/bin/true
 PropagateResourceLimits=NONE
 PlugStackConfig={root}/etc/plugstack.conf
 GresTypes=gpu
-AccountingStorageType=accounting_storage/none
-JobCompType=jobcomp/filetxt
-JobCompLoc={root}/state/jobcomp.txt
+{store}
 {nodes}
 PartitionName=batch Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO PreemptMode=OFF
 PartitionName=debug Nodes=ALL Default=NO MaxTime=30 State=UP PreemptMode=OFF
@@ -222,9 +245,9 @@ def missing() -> str:
     return ""
 
 
-def running(root: Path) -> Iterator[Cluster]:
+def running(root: Path, **settings: Any) -> Iterator[Cluster]:
     """A cluster below `root`, for a fixture."""
-    cluster = Cluster(root)
+    cluster = Cluster(root, **settings)
     try:
         cluster.start()
         yield cluster

@@ -15,3 +15,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     if reason := missing():
         pytest.fail(reason)
     yield from running(tmp_path_factory.mktemp("slurm", numbered=True) / "root")
+
+
+@pytest.fixture(scope="session")
+def accounted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A real Slurm of two nodes with slurmdbd, so that sacct knows what the controller has forgotten in 2 s."""
+    if reason := missing():
+        pytest.fail(reason)
+    folder = tmp_path_factory.mktemp("slurm", numbered=True) / "root"
+    yield from running(folder, nodes=2, accounting=True, keeps=2)

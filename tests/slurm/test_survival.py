@@ -143,7 +143,7 @@ def test_a_run_out_of_time_goes_on_without_having_saved(site: Site) -> None:
     run = site.run(deaf + TRAINS, max_restarts=1, config=CONFIG)
     run = site.submit(run)
     site.until(run, lambda seen: "saved" in site.logs(run))
-    site.cluster.run("scontrol", "update", f"JobId={run.job_id}", "TimeLimit=0:01")
+    site.cluster.run("scontrol", "update", f"JobId={run.job_id}", "EndTime=now")
     seen = site.until(run, lambda seen: seen.job_id != run.job_id, 90)
     seen = site.end(replace(run, job_id=seen.job_id))
     assert (seen.state, seen.attempt) == ("finished", 1), site.logs(run)
