@@ -96,7 +96,9 @@ MODES = {"online": "resident", "kept": "stored"}
 class Worker:
     """A process of one side. It waits before every turn, and answers with what it measured."""
 
-    def __init__(self, side: str, folder: Path, shape: str, mode: str, turns: int, threads: int) -> None:
+    def __init__(
+        self, side: str, folder: Path, shape: str, mode: str, turns: int, threads: int, script: str = __file__
+    ) -> None:
         read, write = os.pipe()
         arguments = [side, str(folder), shape, mode, str(turns)]
         quiet = {"TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore"}
@@ -105,7 +107,7 @@ class Worker:
         self.name = side
         self.log = folder / f"{side}.log"
         with self.log.open("w") as log:
-            own = [sys.executable, __file__]
+            own = [sys.executable, script]
             self.process = subprocess.Popen(
                 ["/bin/sh", "-c", f'exec "$0" "$@" {ANSWER}>&{write}', *own, "--worker", *arguments],
                 stdin=subprocess.PIPE,
