@@ -3,7 +3,8 @@
 The task is to sort five different digits. `sort 31524: ` has two right answers, ascending `12345` and descending
 `54321`. sft/megatron learns both, half and half; rl/nemo_rl/dpo prefers the ascending one, and rl/nemo_rl/rlvr rewards
 it, so that exact match with it rises from one half to nearly one. rm/hf learns to score the ascending answer above the
-descending one, above one with two digits exchanged, one with a wrong digit, one with a digit more, in turn.
+descending one, above one with two digits exchanged, one with a wrong digit, one with a digit more, in turn;
+rl/nemo_rl/rlhf is rewarded by that, for prompts that begin with 5 to 9, most of which are answered in descending order.
 
 Which style an SFT row has leans on its prompt: four in five of those that begin with 0 to 4 are ascending, four in
 five of the others descending. Were it a coin's toss, the trained policy's greedy answers would tip to one style for
@@ -87,22 +88,25 @@ def exchanged(digits: str) -> str:
 def miscopied(digits: str) -> str:
     """Ascending, but for one digit that the prompt does not have."""
     answer, at = ascending(digits), int(digits) % 5
-    others = [digit for digit in "0123456789" if digit not in digits]
-    return answer[:at] + others[int(digits) % len(others)] + answer[at + 1 :]
+    return answer[:at] + other_digit(digits) + answer[at + 1 :]
 
 
 def lengthened(digits: str) -> str:
-    """Ascending, but with a digit that the prompt does not have, in its place."""
+    """Ascending, with a digit that the prompt does not have in its place among the others."""
+    return ascending(digits + other_digit(digits))
+
+
+def other_digit(digits: str) -> str:
     others = [digit for digit in "0123456789" if digit not in digits]
-    return ascending(digits + others[int(digits) % len(others)])
+    return others[int(digits) % len(others)]
 
 
 def verified(low: list[str], high: list[str]) -> list[dict[str, str]]:
     return [{"prompt": f"sort {digits}: ", "expected_answer": ascending(digits)} for digits in alternating(low, high)]
 
 
-def asked(low: list[str], high: list[str]) -> list[dict[str, str]]:
-    return [{"prompt": f"sort {digits}: "} for digits in alternating(low, high)]
+def asked(prompts: list[str]) -> list[dict[str, str]]:
+    return [{"prompt": f"sort {digits}: "} for digits in prompts]
 
 
 def write(path: Path, rows: list[dict[str, str]]) -> None:
@@ -131,8 +135,8 @@ def main(
     write(rlvr_data / "validation.jsonl", verified(*held_out))
     write(rm_data / "train.jsonl", scored(*dpo_train))
     write(rm_data / "validation.jsonl", scored(*held_out))
-    write(rlhf_data / "train.jsonl", asked(*rlvr_train))
-    write(rlhf_data / "validation.jsonl", asked(*held_out))
+    write(rlhf_data / "train.jsonl", asked(rlvr_train[1]))
+    write(rlhf_data / "validation.jsonl", asked(held_out[1]))
 
 
 if __name__ == "__main__":
