@@ -219,7 +219,7 @@ class Relay:
         with contextlib.suppress(OSError):
             while True:
                 client, _ = self._listener.accept()
-                server = socket.create_connection(("127.0.0.1", self._to), WAIT)
+                server = self._connected()
                 server.settimeout(None)
                 self.accepted += 1
                 self._sockets += [client, server]
@@ -227,6 +227,17 @@ class Relay:
                     each.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 threading.Thread(target=self._pump, args=(client, server, True), daemon=True).start()
                 threading.Thread(target=self._pump, args=(server, client, False), daemon=True).start()
+
+    def _connected(self) -> socket.socket:
+        """Some kernels refuse loopback's next connection for a moment after one was cut with data on its way."""
+        end = time.monotonic() + 2
+        while True:
+            try:
+                return socket.create_connection(("127.0.0.1", self._to), WAIT)
+            except ConnectionRefusedError:
+                if time.monotonic() > end:
+                    raise
+                time.sleep(0.02)
 
     def _pump(self, source: socket.socket, to: socket.socket, counted: bool) -> None:
         with contextlib.suppress(OSError):
