@@ -222,7 +222,7 @@ def _keep_apart(folder: Path, run_id: str, files: Sequence[Upload]) -> Path:
     """Write the files under a name of their own; many runs share a bundle, so it is linked."""
     passing = folder / _KEPT / f".{run_id}.{os.getpid()}"
     try:
-        passing.mkdir(mode=0o700, parents=True)
+        passing.mkdir(mode=0o700, parents=True, exist_ok=True)
         for file in files:
             path = passing / file.path
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
