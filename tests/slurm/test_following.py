@@ -1,0 +1,150 @@
+"""Following over SSH on a real Slurm: every line of every node, once and in order, through cut connections."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.slurm.cluster import Cluster
+from tests.sshd import Sshd, running
+from tests.step_trees import REPOSITORY, add_step, small_tree
+
+# As the trainer's processes of a node do, a step of one process prints to its node's log.
+TALKS = """
+import os, sys, time
+node = os.environ["NODE_RANK"]
+for part in range(25):
+    sys.stdout.write("".join(f"node {node} line {part * 1000 + n} \\u00e9\\u6f22\\n" for n in range(1000)))
+    sys.stdout.flush()
+    time.sleep(0.1)
+"""
+
+
+@pytest.fixture(scope="module")
+def login(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sshd]:
+    """The cluster's login node."""
+    home = tmp_path_factory.mktemp("home")
+    yield from running(tmp_path_factory.mktemp("sshd"), env={"HOME": str(home), "SLURM_CONF": str(cluster.conf)})
+
+
+class Client:
+    """The command, on a machine that reaches the cluster over SSH."""
+
+    def __init__(self, login: Sshd, folder: Path) -> None:
+        tree = small_tree(folder / "steps")
+        talks = add_step(tree, "sft/talks", consumes=[])
+        (talks / "train.py").write_text(TALKS)
+        self.folder = folder
+        keys: dict[str, Any] = {
+            "executor": "slurm", "runtime": "none", "python": sys.executable, "mem": 500, "time": 10,
+            "remote_job_dir": str(folder / "cluster"), "tunnel": login.tunnel,
+        }  # fmt: skip
+        (folder / "site.yaml").write_text(json.dumps(keys))
+        (folder / "rows.jsonl").write_text("{}\n")
+        self.env = {
+            **os.environ, **login.environment, "PYTHONPATH": str(REPOSITORY), "NEMOTRON_STEPS": str(tree),
+            "NEMOTRON_STATE_DIR": str(folder / "state"),
+        }  # fmt: skip
+        self.env.pop("SLURM_CONF", None)
+
+    def start(self, *arguments: str) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "nemotron_launch", *arguments]
+        pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return subprocess.Popen(command, cwd=self.folder, env=self.env, **pipes)
+
+    def run(self, *arguments: str, code: int = 0) -> str:
+        child = self.start(*arguments)
+        out, errors = child.communicate(timeout=120)
+        assert child.returncode == code, f"{arguments}: {child.returncode}\n{errors.decode()}\n{out.decode()[-2000:]}"
+        return out.decode()
+
+    def status(self, name: str = "last") -> dict[str, Any]:
+        data: dict[str, Any] = json.loads(self.run("jobs", "status", name, "--json"))
+        return data
+
+
+@pytest.fixture
+def client(login: Sshd, cluster: Cluster, tmp_path: Path) -> Iterator[Client]:
+    yield Client(login, tmp_path)
+    cluster.run("scancel", "--user=root", check=False)
+
+
+@pytest.mark.slow
+def test_100000_lines_of_4_nodes_are_streamed_whole_and_in_order_through_cut_connections(
+    client: Client, login: Sshd
+) -> None:
+    child = client.start("steps", "run", "sft/talks", "-r", "site.yaml", "cluster.num_nodes=4")
+    assert child.stdout
+    lines: dict[str, list[int]] = {str(node): [] for node in range(4)}
+    total = 0
+    for raw in child.stdout:
+        line = raw.decode()
+        if line.startswith("[job] "):
+            continue
+        found = re.fullmatch(r"\[node-(\d)\] node \1 line (\d+) é漢\n", line)
+        assert found, line
+        lines[found[1]].append(int(found[2]))
+        total += 1
+        if total in (1, 30_000, 60_000):
+            login.cut()
+    assert child.stderr
+    errors = child.stderr.read().decode()
+    _, status, usage = os.wait4(child.pid, 0)
+    child.returncode = os.waitstatus_to_exitcode(status)
+    assert child.returncode == 0, errors
+    assert lines == {str(node): list(range(25_000)) for node in range(4)}
+    assert (login.root / "sshd.log").read_text().count("Accepted publickey") >= 4  # it came back after each cut
+    # A Python with this command's libraries takes 45 MiB; the logs have 3 MiB, and a look brings 4 at most.
+    assert usage.ru_maxrss < 120 * 1024
+
+
+@pytest.mark.slow
+def test_a_run_is_detached_attached_cancelled_and_resubmitted_over_ssh(client: Client, cluster: Cluster) -> None:
+    made = json.loads(client.run("steps", "run", "sft/small", "-b", "site.yaml", "data.path=x", "wait=true", "--json"))
+    assert cluster.show(made["job_id"])["JobName"] == made["run_id"]
+    cluster.until(lambda: client.status()["state"] == "running", "a run at work")
+    cluster.until(lambda: (client.folder / "cluster/out/sft/ready").exists(), "its trainer")
+    seen = client.status()
+    assert seen["nodes_at_work"] and seen["host"]
+    listed = json.loads(client.run("jobs", "list", "--json", "--state", "running"))
+    assert [run["run_id"] for run in listed] == [made["run_id"]]
+
+    attached = client.start("jobs", "attach", made["run_id"][:20], "--on-interrupt", "detach")
+    assert attached.stderr and b": running" in attached.stderr.readline()
+    attached.send_signal(signal.SIGINT)
+    assert attached.wait(30) == 130
+    assert client.status()["state"] == "running"
+
+    client.run("jobs", "cancel", "last")
+    client.run("jobs", "wait", "last", code=130)
+    assert client.status()["state"] == "cancelled"
+    (client.folder / "cluster/out/sft/ready").unlink()
+    again = json.loads(client.run("jobs", "resubmit", "last", "--json"))
+    assert again["job_id"] != made["job_id"]
+    cluster.until(lambda: (client.folder / "cluster/out/sft/ready").exists(), "the run, at work again")
+    client.run("jobs", "cancel", "last")
+    client.run("jobs", "wait", "last", "-q", code=130)
+
+
+@pytest.mark.slow
+def test_the_job_s_exit_code_is_the_command_s_and_a_refusal_names_the_key(client: Client) -> None:
+    started = time.monotonic()
+    client.run("steps", "run", "sft/small", "-r", "site.yaml", "data.path=x", "exit=7", code=7)
+    assert time.monotonic() - started < 60
+    site = json.loads((client.folder / "site.yaml").read_text())
+    (client.folder / "wrong.yaml").write_text(json.dumps({**site, "partition": "nowhere"}))
+    child = client.start("steps", "run", "sft/small", "-b", "wrong.yaml", "data.path=x", "--run-id", "wrong")
+    _, errors = child.communicate(timeout=60)
+    assert child.returncode == 1 and b"partition" in errors and b"nemotron jobs resubmit wrong" in errors
+    seen = client.status("wrong")
+    assert (seen["state"], seen["job_id"]) == ("refused", "")
