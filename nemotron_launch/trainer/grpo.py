@@ -21,7 +21,8 @@ from nemotron_launch.trainer.grpo_data import load_data
 from nemotron_launch.trainer.grpo_generator import open_generator, sampling_of
 from nemotron_launch.trainer.grpo_rollouts import Roller
 from nemotron_launch.trainer.grpo_samples import SampleLog
-from nemotron_launch.trainer.grpo_step import RolloutTask, Settings
+from nemotron_launch.trainer.grpo_settings import Settings
+from nemotron_launch.trainer.grpo_step import RolloutTask
 from nemotron_launch.trainer.grpo_validation import Validation
 from nemotron_launch.trainer.loop import LoopConfig, Progress, Run, resume, train
 from nemotron_launch.trainer.reference import frozen_logps

@@ -5,12 +5,10 @@ Legend: B rollouts of the step (those of one prompt in a row), N rollouts of a m
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,8 +16,6 @@ from torch import Tensor
 
 from nemotron_launch.trainer import exit_codes
 from nemotron_launch.trainer.advantages import (
-    RewardScaling,
-    RewardShaping,
     advantages,
     clip_advantages,
     group_ids,
@@ -33,96 +29,19 @@ from nemotron_launch.trainer.advantages import (
 from nemotron_launch.trainer.agreement import SharedError
 from nemotron_launch.trainer.data.order import Position, next_position
 from nemotron_launch.trainer.data.prompts import Prompt
-from nemotron_launch.trainer.grpo_batches import MicroBatch, Packing, micro_batches, own_share
-from nemotron_launch.trainer.grpo_losses import METRICS, GRPOLossConfig, grpo_loss, kl_in_advantages
-from nemotron_launch.trainer.grpo_metrics import (
-    advantage_metrics,
-    length_metrics,
-    reward_metrics,
-    sequence_error_metrics,
-    sequence_errors,
-)
-from nemotron_launch.trainer.grpo_rollouts import Roller, Rollouts, score_metrics
+from nemotron_launch.trainer.grpo_batches import MicroBatch, micro_batches, own_share
+from nemotron_launch.trainer.grpo_losses import METRICS, grpo_loss, kl_in_advantages
+from nemotron_launch.trainer.grpo_metrics import advantage_metrics, sequence_error_metrics, sequence_errors
+from nemotron_launch.trainer.grpo_report import described, rewarded, timing, together
+from nemotron_launch.trainer.grpo_rollouts import Roller, Rollouts
 from nemotron_launch.trainer.grpo_samples import SampleLog, best_and_worst
+from nemotron_launch.trainer.grpo_settings import Settings
 from nemotron_launch.trainer.grpo_validation import Validation
 from nemotron_launch.trainer.loop import LoopConfig, Progress, Run, Step, batch_at
 from nemotron_launch.trainer.megatron import parallel
 from nemotron_launch.trainer.policy import LossFunction, Policy
 from nemotron_launch.trainer.reference import Score
 from nemotron_launch.trainer.rollouts import Sampling
-from nemotron_launch.trainer.setup import Session, row_multiple
-
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What of a config a step reads, under the config's names."""
-
-    num_prompts_per_step: int
-    samples: int
-    normalize_rewards: bool
-    leave_one_out: bool
-    scaling: RewardScaling | None
-    shaping: RewardShaping | None
-    overlong_filtering: bool
-    dynamic_sampling_batches: int  # 0: off
-    error_threshold: float | None
-    clip: tuple[float | None, float | None]
-    loss: GRPOLossConfig
-    kl_period: int
-    needs_reference: bool
-    global_batch: int
-    micro_batch: int
-    logprob_batch: int
-    packing: Packing
-    invalid_tool_call: float | None = None  # the advantage of answers whose tool calls cannot be read
-
-    @staticmethod
-    def of(session: Session) -> Settings:
-        grpo, policy = session.config["grpo"], session.config["policy"]
-        loss = GRPOLossConfig.of(session.config["loss_fn"])
-        scaling, shaping = grpo["reward_scaling"], grpo["reward_shaping"]
-        kl_period = 0 if grpo["skip_reference_policy_logprobs_calculation"] else grpo["reference_kl_period"]
-        return Settings(
-            num_prompts_per_step=grpo["num_prompts_per_step"],
-            samples=grpo["num_generations_per_prompt"],
-            normalize_rewards=grpo["normalize_rewards"],
-            leave_one_out=grpo["use_leave_one_out_baseline"],
-            scaling=RewardScaling(**_without_enabled(scaling)) if scaling["enabled"] else None,
-            shaping=RewardShaping(**_without_enabled(shaping)) if shaping["enabled"] else None,
-            overlong_filtering=grpo["overlong_filtering"],
-            dynamic_sampling_batches=grpo["dynamic_sampling_max_gen_batches"] if grpo["use_dynamic_sampling"] else 0,
-            error_threshold=grpo["seq_logprob_error_threshold"],
-            clip=(grpo["advantage_clip_low"], grpo["advantage_clip_high"]),
-            loss=loss,
-            kl_period=kl_period,
-            needs_reference=bool(loss.reference_policy_kl_penalty or kl_period),
-            global_batch=policy["train_global_batch_size"],
-            micro_batch=policy["train_micro_batch_size"],
-            logprob_batch=policy["logprob_batch_size"] or 2 * policy["train_micro_batch_size"],
-            packing=Packing(
-                samples=grpo["num_generations_per_prompt"],
-                pad_id=session.tokenizer.pad_id,
-                share_prompt=policy["shared_prompt"],
-                multiple_of=row_multiple(session),
-            ),
-            invalid_tool_call=grpo["invalid_tool_call_advantage"],
-        )
-
-    @property
-    def updates(self) -> int:
-        """Optimizer steps on the rollouts of a step."""
-        return self.num_prompts_per_step * self.samples // self.global_batch
-
-    @property
-    def needs_previous(self) -> bool:
-        """Whether the policy before the step differs from the one that is trained, or is wanted before it is."""
-        return self.updates > 1 or self.error_threshold is not None or self.loss.use_kl_in_reward
-
-
-def _without_enabled(section: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in section.items() if name != "enabled"}
 
 
 @dataclass(frozen=True)
@@ -177,19 +96,25 @@ class RolloutTask:
         self.stale = True
         seconds["policy_training"] = time.monotonic() - waited
         if rollouts.texts:
-            places = best_and_worst(rollouts)
-            self.samples.write(progress.step + 1, "train", rollouts, places)
+            self.samples.write(progress.step + 1, "train", rollouts, best_and_worst(rollouts))
         if reference is None:
             values = {name: value for name, value in values.items() if name not in ("kl_penalty", "reference_kl")}
-        metrics = {f"train/{name}": value for name, value in (values | sampled | errors | _described(batch)).items()}
+        lengths_B, mask_B = rollouts.lengths_B, batch.sample_mask_B
+        line = values | sampled | errors | described(rollouts, batch.shaped_B, mask_B)
+        line |= advantage_metrics(batch.advantages_B, lengths_B, mask_B)
         seconds |= {**rollouts.seconds, "total_step_time": time.monotonic() - began}
-        lengths_B = rollouts.lengths_B
-        valid_tokens = int((lengths_B * batch.sample_mask_B).sum())
+        times = timing(
+            seconds,
+            tokens=line["total_num_tokens"],
+            sampled=line["sampled_tokens"],
+            valid=line["global_valid_toks"],
+            layout=run.policy.layout,
+        )
         return Step(
-            metrics=metrics | _timing(seconds, metrics, lengths_B, valid_tokens, run.policy),
+            metrics={f"train/{name}": value for name, value in line.items()} | times,
             position=position,
             samples=len(rollouts),
-            valid_tokens=valid_tokens,
+            valid_tokens=int(line["global_valid_toks"]),
             sources=lambda: list(dict.fromkeys(prompt.source for prompt in rollouts.prompts)),
         )
 
@@ -201,12 +126,12 @@ class RolloutTask:
     # -- rollouts ----------------------------------------------------------------------------------------------
 
     def _collect(self, config: LoopConfig, progress: Progress) -> tuple[Rollouts, Position, dict[str, float]]:
-        """A step's scored rollouts, where the data goes on, and what was sampled for them.
+        """A step's scored rollouts, where the data goes on, and metrics of all that was sampled for them.
 
         With dynamic sampling: batches of prompts are answered until enough groups differ in their rewards.
         """
         settings = self.settings
-        position, kept, batches, all_rewards = progress.position, None, 0, []
+        position, kept, everything, batches = progress.position, None, None, 0
         want = settings.num_prompts_per_step * settings.samples
         while True:
             indices = batch_at(config, len(self.prompts), position)
@@ -220,9 +145,9 @@ class RolloutTask:
             )
             position = next_position(position, len(self.prompts), config.global_batch, drop_last=True)
             batches += 1
-            all_rewards.append(rolled.rewards_B[rolled.known_B])
             if not settings.dynamic_sampling_batches:
-                return rolled, position, {}
+                return rolled, position, rewarded(rolled)
+            everything = rolled if everything is None else everything.plus(rolled)
             chosen = rolled.take(torch.nonzero(self._differs(rolled)).flatten().tolist())
             kept = chosen if kept is None else kept.plus(chosen)
             if len(kept) >= want:
@@ -239,10 +164,9 @@ class RolloutTask:
                 )
         found = {
             "dynamic_sampling_num_gen_batches": float(batches),
-            "unfiltered_reward": float(torch.cat(all_rewards).mean()),
-            "dynamic_sampling_discarded": float(len(kept) - want),
+            "dynamic_sampling_num_discarded_valid_samples": float(len(kept) - want),
         }
-        return kept.take(range(want)), position, found
+        return replace(kept.take(range(want)), seconds=everything.seconds), position, rewarded(everything) | found
 
     def _differs(self, rollouts: Rollouts) -> Tensor:
         """[B]: whether the rollout's group teaches anything, by rewards not yet shaped."""
@@ -377,7 +301,7 @@ class RolloutTask:
             results.append(values)
             if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
                 break
-        return _together(results)
+        return together(results)
 
     def _loss(
         self,
@@ -435,51 +359,3 @@ def _by_place(cut: Sequence[MicroBatch], scored: Sequence[Tensor]) -> dict[int, 
         for part, logps_NR in zip(cut, scored, strict=True)
         for place, values in zip(part.places, part.apart(logps_NR), strict=True)
     }
-
-
-COUNTS = ("num_valid_samples",)
-
-
-def _together(results: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Metrics of several optimizer steps as one."""
-
-    def one(name: str, values: list[float]) -> float:
-        if name in COUNTS:
-            return sum(values)
-        if name.endswith(("_min", "_max")):
-            return min(values) if name.endswith("_min") else max(values)
-        return sum(values) / len(values)
-
-    return {name: one(name, [result[name] for result in results]) for name in results[0]}
-
-
-def _described(batch: Batch) -> dict[str, float]:
-    """Metrics of the rollouts that need no model."""
-    rollouts, known_B = batch.rollouts, batch.rollouts.known_B
-    lengths_B, mask_B = rollouts.lengths_B, batch.sample_mask_B
-    return {
-        **(reward_metrics(batch.rewards_B[known_B], batch.groups_B[known_B]) if known_B.any() else {}),
-        **length_metrics(lengths_B, rollouts.prompt_lengths_B, rollouts.truncated_B),
-        **advantage_metrics(batch.advantages_B, lengths_B, mask_B),
-        **score_metrics(rollouts),
-        "filtered_reward": float(batch.shaped_B[known_B].mean()) if known_B.any() else math.nan,
-        "global_valid_seqs": float(mask_B.sum()),
-        "global_valid_toks": float((lengths_B * mask_B).sum()),
-        "avg_turns_per_sample": 1.0,
-    }
-
-
-def _timing(
-    seconds: Mapping[str, float], metrics: Mapping[str, float], lengths_B: Tensor, valid_tokens: int, policy: Policy
-) -> dict[str, float]:
-    layout = policy.layout
-    processes = layout.data * layout.tensor * layout.pipeline
-    total = seconds["total_step_time"]
-    timing = {f"timing/train/{name}": value for name, value in seconds.items()} | {
-        "timing/train/tokens_per_sec": metrics["train/total_num_tokens"] / total,
-        "timing/train/generation_tokens_per_sec": float(lengths_B.sum()) / max(seconds["generation"], 1e-9),
-        "timing/train/valid_tokens_per_sec_per_gpu": valid_tokens / total / processes,
-    }
-    if layout.device.type == "cuda":
-        timing["train/gpu_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    return timing

@@ -18,7 +18,8 @@ from nemotron_launch.trainer.grpo_batches import Packing
 from nemotron_launch.trainer.grpo_losses import GRPOLossConfig
 from nemotron_launch.trainer.grpo_rollouts import Roller
 from nemotron_launch.trainer.grpo_samples import SampleLog
-from nemotron_launch.trainer.grpo_step import RolloutTask, Settings
+from nemotron_launch.trainer.grpo_settings import Settings
+from nemotron_launch.trainer.grpo_step import RolloutTask
 from nemotron_launch.trainer.loop import LoopConfig, Progress, Step
 from nemotron_launch.trainer.reference import frozen_logps
 from nemotron_launch.trainer.rollouts import Sampling

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import Run, assert_same_tensors, refuse
+from runs import Run, assert_same_tensors
 
 pytestmark = pytest.mark.slow
 KILLED = 137
