@@ -17,11 +17,11 @@ from nemotron_launch.frozen import frozen
 from nemotron_launch.job import File, Job, Mount, Service
 from nemotron_launch.quoting import sbatch, sh
 from nemotron_launch.render import Rendered, fill, fill_own
+from nemotron_launch.trainer.exit_codes import CLAIMED
 
 MAIN = "job.sbatch"
 IMPORT = "import_image.sbatch"
 SECRETS = "secrets.env"
-CLAIMED = 86  # exit code of a job that finds its run claimed by another one
 SPAWN = "nemotron_launch.trainer.spawn"
 
 _SIGNALS = ("USR1", "TERM")
@@ -108,6 +108,7 @@ def _values(job: Job, image: images.Image | None) -> dict[str, Any]:
         "bundle": _word(job.bundle.file, "bundle") if job.bundle else "",
         "bundle_sha256": job.bundle.sha256 if job.bundle else "",
         "secrets": bool(job.secrets),
+        "seen_from": job.nodes + sum(service.nodes for service in job.services),
         "interface": _word(job.options["interface"], "interface") if job.options.get("interface") else "",
         "hang_timeout": int(job.options.get("hang_timeout") or 0),
         "points": len(job.points),

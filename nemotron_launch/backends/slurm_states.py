@@ -12,10 +12,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from nemotron_launch.backends.live import Seen
 from nemotron_launch.frozen import field, frozen
 from nemotron_launch.jobs.run import State
+from nemotron_launch.trainer.exit_codes import CLAIMED, RESUME_ME
 
-RESUME_ME = 85  # of an attempt that saved and wants to go on
 FALLEN = "the run before it did not finish"
 SILENT = 900.0  # seconds without a word in its folder after which a run that Slurm has forgotten counts as lost
+
+UNSEEN = (
+    "its node could not open the job's log: remote_job_dir is not seen from there, and must be on a file system that "
+    "all nodes share"
+)
 
 # squeue --Format: fields with their widths; the comment last, which may hold anything.
 SQUEUE = (
@@ -308,7 +313,9 @@ def judge(record: Record | None, folder: Folder, *, restarts_left: bool = False)
         return _seen("running", record, folder, reason)
     if record and record.state == "REVOKED" and folder.exit_code is None:
         return _seen("running", record, folder, "runs on another cluster of the federation")
-    own_end = folder.exit_code == 0 or (record and record.state in ("COMPLETED", "FAILED") and record.code != RESUME_ME)
+    own_end = folder.exit_code == 0 or (
+        record and record.state in ("COMPLETED", "FAILED") and record.code not in (RESUME_ME, CLAIMED)
+    )
     if (folder.cancelled and not own_end) or (record and record.state == "CANCELLED" and folder.exit_code != 0):
         return _seen("cancelled", record, folder, _cancelled(record), exit_code=folder.exit_code)
     if (folder.wants_heir or (record and record.state in _FATE and folder.exit_code is None)) and restarts_left:
@@ -330,6 +337,8 @@ def judge(record: Record | None, folder: Folder, *, restarts_left: bool = False)
 def _ended(record: Record, folder: Folder) -> Seen:
     """Of a job that is over for good. Its own exit code file is nearer to the truth than Slurm's state."""
     code = folder.exit_code
+    if record.state == "FAILED" and record.reason in ("JobLaunchFailure", "RaisedSignal:53") and not folder.attempts:
+        return _seen("failed", record, folder, UNSEEN)
     if code is None and record.state in ("COMPLETED", "FAILED"):
         code = 128 + record.signal if record.signal else record.code
     if record.state == "COMPLETED" or code == 0 or (code is not None and record.state == "FAILED"):

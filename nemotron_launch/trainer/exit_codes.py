@@ -10,3 +10,4 @@ FINISHED = 0  # trained to the last step; the last checkpoint is complete
 FAILED = 1  # something went wrong that the user's input did not cause; another attempt may help
 BAD_INPUT = 2  # config, data or checkpoint refused; another attempt with the same input ends the same way
 RESUME_ME = 85  # asked to stop (SIGTERM, SIGUSR1, SIGINT, `checkpoint_must_save_by`), saved: start again to go on
+CLAIMED = 86  # of a job of Slurm that finds its run claimed by another one, or cancelled: nothing was started

@@ -17,7 +17,9 @@ from nemotron_launch.backends.slurm_client import SlurmClient
 from nemotron_launch.frozen import replace
 from nemotron_launch.hosts import Upload
 from nemotron_launch.hosts.here import Here
+from nemotron_launch.job import Job
 from nemotron_launch.jobs.run import OVER, Run
+from nemotron_launch.render import render
 from tests.slurm.cluster import WAIT, Cluster
 from tests.slurm.runs import new_run
 
@@ -32,6 +34,7 @@ class Site:
         self.client = SlurmClient(Here(), patience=20, settle=1)
         self.runs: list[Run] = []
         self.files: dict[str, list[Upload]] = {}
+        self.compiled: dict[str, Job] = {}
 
     def run(self, body: str = "", *, max_restarts: int = 0, **fields: Any) -> Run:
         """A row of the ledger whose files lie ready in `files`; `submit` places and submits them."""
@@ -59,9 +62,19 @@ class Site:
             options=made.job.options,
         )
         self.runs.append(run)
+        self.compiled[run.run_id] = made.job
         self.files[run.run_id] = [Upload(path.name, path.read_bytes()) for path in sorted(made.folder.iterdir())]
         shutil.rmtree(made.folder)
         return run
+
+    def at(self, folder: Path, run: Run) -> Run:
+        """The run, compiled for another folder."""
+        job = replace(self.compiled[run.run_id], run_dir=str(folder), workdir=str(folder.parent), run_id=folder.name)
+        job = replace(job, command=(*job.command[:-1], str(folder / "trainer.py")))
+        moved = replace(run, run_id=job.run_id, run_dir=job.run_dir, state_dir=job.run_dir, workdir=job.workdir)
+        self.runs.append(moved)
+        self.files[job.run_id] = [Upload(file.path, file.text.encode()) for file in render(job).files]
+        return moved
 
     def submit(self, run: Run, **fields: Any) -> Run:
         made = self.client.submit(run, self.files[run.run_id], **fields)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -207,3 +208,38 @@ def test_a_cleared_run_starts_anew_and_is_not_taken_for_the_old_one(site: Site) 
     assert again.job_id != run.job_id and site.client.find(again) == Submission(again.job_id)
     assert site.end(again).state == "finished"
     assert [source.attempt for source in site.client.log_sources(again) if source.name == "node-0"] == [0, 1]
+
+
+# Folders.
+
+
+def test_a_folder_that_the_nodes_do_not_see_is_said_to_be_unseen(site: Site) -> None:
+    # `local` is each node's own.
+    run = site.at(site.cluster.root / "local" / "mine" / "unseen-0", site.run())
+    seen = site.end(site.submit(run))
+    assert seen.state == "failed" and "remote_job_dir is not seen from there" in seen.reason
+
+
+def test_a_folder_that_only_the_first_node_sees_ends_the_job_with_the_others_named(site: Site) -> None:
+    folder = site.cluster.root / "local" / "ours" / "unseen-1"
+    run = site.at(folder, site.run(nodes=2, options={"nodelist": "node[1-2]"}))
+    site.client.host.put(str(folder), site.files[run.run_id])
+    packed = site.folder / "folder.tar"
+    subprocess.run(["tar", "-cf", packed, "-C", "/", str(folder)[1:]], check=True)
+    site.cluster.run("srun", "--nodelist=node1", "--chdir=/", "tar", "-xf", packed, "-C", "/")
+    job = site.cluster.submit(folder / "job.sbatch")
+    assert site.cluster.wait(job)["ExitCode"] == "2:0"
+    said = site.cluster.run("srun", "--nodelist=node1", "--chdir=/", "cat", folder / f"slurm-{job}.out")
+    assert f"{folder} is not seen from node2: remote_job_dir must be" in said
+
+
+def test_a_hostile_folder_is_only_a_folder(site: Site) -> None:
+    run = site.at(site.folder / 'a\'b $(touch owned) "c"; ünï & -n *' / "mine", site.run("sys.exit(3)"))
+    run = site.submit(run)
+    seen = site.end(run)
+    assert (seen.state, seen.exit_code) == ("failed", 3)
+    assert site.client.find(run) == Submission(run.job_id)
+    sources = site.client.log_sources(run)
+    assert b"up" in site.client.read_logs(dict.fromkeys(sources, 0))[sources[1]]
+    site.client.clear(run)
+    assert not Path(run.run_dir, "claim").exists() and not list(site.folder.rglob("owned"))

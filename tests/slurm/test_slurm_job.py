@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemotron_launch.backends.slurm import CLAIMED
 from nemotron_launch.job import Container, Mount, Service
 from nemotron_launch.quoting import sbatch
+from nemotron_launch.trainer.exit_codes import CLAIMED
 from tests.slurm.cluster import Cluster
 from tests.slurm.runs import Run, new_run
 

@@ -38,7 +38,7 @@ finish() {
     mv "$NEMOTRON_LOG_DIR/exit_code.node-$node.tmp" "$NEMOTRON_LOG_DIR/exit_code.node-$node"
     exec >&3
     for _ in {1..50}; do kill -0 "$copy" || break; sleep 0.1; done
-    echo "nemotron-exit 3d67e36aedd46a8d attempt=$attempt node=$node code=$code"
+    echo "nemotron-exit 2f19597d327d1538 attempt=$attempt node=$node code=$code"
     exit "$code"
 }
 trap finish EXIT
@@ -67,7 +67,7 @@ place() { # file mode sha256 variable parts
     chmod "$2" "$part"
     mv "$part" "$run_dir/$1"
 }
-place config.yaml 600 153cccc19ed5d1f997775921dffb9ea9ce8e296ef6a05c1fc6e47e85a61c11fd NEMOTRON_FILE_0 1
+place config.yaml 600 b1c3792a942aa2bc6c6376eb6d4d19fe24549cd9f90e0fc4d42df69973bc256a NEMOTRON_FILE_0 1
 if [[ ! -e $run_dir/code ]]; then
     place code.tar.gz 600 0000000000000000000000000000000000000000000000000000000000000000 NEMOTRON_BUNDLE 1
     fresh=$run_dir/.code.node-$node

@@ -38,7 +38,7 @@ finish() {
     mv "$NEMOTRON_LOG_DIR/exit_code.node-$node.tmp" "$NEMOTRON_LOG_DIR/exit_code.node-$node"
     exec >&3
     for _ in {1..50}; do kill -0 "$copy" || break; sleep 0.1; done
-    echo "nemotron-exit 496bffc32e5bbbbd attempt=$attempt node=$node code=$code"
+    echo "nemotron-exit 5981f89bf555530a attempt=$attempt node=$node code=$code"
     exit "$code"
 }
 trap finish EXIT
@@ -67,7 +67,7 @@ place() { # file mode sha256 variable parts
     chmod "$2" "$part"
     mv "$part" "$run_dir/$1"
 }
-place config.yaml 600 e9ef62888b48f5212a26dc5f4ecdeb2dce3d2a8aa4c60293894e33327e52077e NEMOTRON_FILE_0 1
+place config.yaml 600 d1a4a8dc108bbf6b93ad4864ed2ccd7e0b7c16e54e63a45ce94f5c07d66e10dc NEMOTRON_FILE_0 1
 if [[ ! -e $run_dir/code ]]; then
     place code.tar.gz 600 0000000000000000000000000000000000000000000000000000000000000000 NEMOTRON_BUNDLE 1
     fresh=$run_dir/.code.node-$node

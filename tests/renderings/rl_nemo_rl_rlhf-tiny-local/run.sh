@@ -24,8 +24,8 @@ grpo:
   val_start_at: -1
   val_at_start: true
   val_at_end: true
-  max_val_samples: 120
-  val_batch_size: 120
+  max_val_samples: 60
+  val_batch_size: 60
   val_num_generations_per_prompt: 4
   val_greedy: true
   seed: 42
