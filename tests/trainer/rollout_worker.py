@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from nemotron_launch.trainer import hf
+from nemotron_launch.trainer.batch import Group, collate
 from nemotron_launch.trainer.generation import MegatronGenerator
 from nemotron_launch.trainer.hand_over import write_weights
 from nemotron_launch.trainer.megatron import parallel
@@ -38,6 +39,13 @@ def rollouts(policy: Policy, batch_size: int | None) -> list[list[list[float]]]:
     return done
 
 
+def scores(policy: Policy) -> list[list[float]]:
+    """Log-probabilities of given answers as each sampling filters them, tokens that it leaves out included."""
+    groups = [Group(len(prompt), (np.concatenate([prompt, np.arange(30, 40)]),)) for prompt in PROMPTS]
+    batch = collate(groups, pad_id=0, device=policy.layout.device, multiple_of=policy.layout.tensor)
+    return [policy.logps([batch], sampling)[0].flatten().tolist() for sampling in SAMPLINGS]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", type=Path, required=True)
@@ -51,10 +59,10 @@ def main() -> None:
     policy = Policy(architecture, layout, Numerics())
     read = hf.open_weights(args.model, architecture)
     hf.load_weights(policy.gpt, architecture, read, size=layout.tensor, rank=layout.tensor_rank)
-    done = rollouts(policy, batch_size=5)
+    done, scored = rollouts(policy, batch_size=5), scores(policy)
     write_weights(policy, args.out / "weights")
     if layout.rank == 0:
-        (args.out / "rollouts.json").write_text(json.dumps(done))
+        (args.out / "rollouts.json").write_text(json.dumps([done, scored]))
     parallel.stop()
 
 

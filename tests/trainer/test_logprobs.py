@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nemotron_launch.trainer.megatron.logprobs import mask_padding, token_logps
+from nemotron_launch.trainer.megatron.logprobs import keep_likeliest, lowest_kept, mask_padding, token_logps
 
 N, V = 40, 97
 
@@ -85,3 +85,44 @@ def test_columns_beyond_the_vocabulary_are_masked(first, width, masked):
     got = mask_padding(torch.zeros(2, width), first=first, vocab_size=259)
     assert got.isinf().any(0).nonzero().flatten().tolist() == list(masked)
     assert got[:, [i for i in range(width) if i not in masked]].eq(0).all()
+
+
+# -- top-p and top-k -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "filters", [{"top_p": 1.0, "top_k": 7}, {"top_p": 0.6, "top_k": 0}, {"top_p": 0.8, "top_k": 30}]
+)
+def test_filtered_log_probabilities_and_gradients_are_those_of_a_softmax_over_the_kept(drawn, filters):
+    """A target that would not be kept is scored as if it were: its log-probability is finite, and can be raised."""
+    logits, targets, grad = drawn
+    targets = targets.clone()
+    targets[::2] = logits[::2].argmax(-1)
+    kept = torch.zeros(N, V, dtype=torch.bool)
+    for row in range(N):
+        reached, weights = 0.0, torch.softmax(logits[row].double(), 0)
+        order = logits[row].argsort(descending=True)[: filters["top_k"] or V].tolist()
+        total = float(weights[order].sum())
+        for token in order:
+            if reached < filters["top_p"] * total:
+                kept[row, token] = True
+            reached += float(weights[token])
+    outside = ~kept.gather(1, targets[:, None])
+    assert 5 < int(outside.sum()) <= N // 2
+    kept.scatter_(1, targets[:, None], True)
+
+    masked = logits.double().requires_grad_()
+    expected = torch.log_softmax(masked.masked_fill(~kept, -torch.inf), -1).gather(1, targets[:, None])[:, 0]
+    expected.backward(grad.double())
+    own = logits.clone().requires_grad_()
+    got = token_logps(keep_likeliest(own, targets, first=0, group=None, **filters), targets, first=0, group=None)
+    got.backward(grad)
+    torch.testing.assert_close(got.detach().double(), expected.detach(), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(own.grad.double(), masked.grad, atol=1e-6, rtol=1e-5)
+
+
+def test_what_ties_with_the_last_kept_is_kept():
+    logits = torch.tensor([[1.0, 3.0, 2.0, 2.0, 0.0]])
+    assert lowest_kept(logits, top_p=1.0, top_k=2).tolist() == [[2.0]]
+    assert lowest_kept(logits, top_p=1.0, top_k=99).tolist() == [[0.0]]
+    assert lowest_kept(logits, top_p=1e-9, top_k=0).tolist() == [[3.0]]
