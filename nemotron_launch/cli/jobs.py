@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from nemotron_launch.cli.main import LazyGroup
-from nemotron_launch.cli.submit import warn
 from nemotron_launch.jobs.ledger import LAST, Ledger
 from nemotron_launch.jobs.settle import Backends, settle
 
@@ -52,6 +51,11 @@ def complete_run(ctx: click.Context, param: click.Parameter, incomplete: str) ->
     except UserError:
         return []
     return [CompletionItem(name) for name in [*names[:100], *([LAST] if LAST.startswith(incomplete) else [])]]
+
+
+def warn(text: str) -> None:
+    sys.stdout.flush()
+    click.echo(f"warning: {text}", err=True)
 
 
 RUN = click.argument("name", metavar="RUN", shell_complete=complete_run)

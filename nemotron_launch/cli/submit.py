@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from nemotron_launch.catalog import Step, require_trains
+from nemotron_launch.cli.jobs import warn
 from nemotron_launch.frozen import frozen, replace
 from nemotron_launch.hosts import Unreachable, Upload
 from nemotron_launch.jobs.ledger import Ledger
@@ -163,8 +163,3 @@ def as_data(rows: Sequence[Run]) -> Any:
         for run in rows
     ]
     return data if rows[0].sweep else data[0]
-
-
-def warn(text: str) -> None:
-    sys.stdout.flush()
-    click.echo(f"warning: {text}", err=True)

@@ -55,7 +55,8 @@ def submit_sweep(
     how: submit.Asked,
 ) -> int:
     """Compile a sweep and submit its points together; the exit code of the command, attached that of the points."""
-    from nemotron_launch.cli.submit import submit_all, warn
+    from nemotron_launch.cli.jobs import warn
+    from nemotron_launch.cli.submit import submit_all
     from nemotron_launch.jobs.sweep_submission import plan_submission
 
     require_trains(step)

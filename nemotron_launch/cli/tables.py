@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nemotron_launch.catalog import Port, Step
 from nemotron_launch.resources import display
 
 if TYPE_CHECKING:
+    from nemotron_launch.catalog import Port, Step
     from nemotron_launch.profiles import ProfileEntry
 
 

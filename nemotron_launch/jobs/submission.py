@@ -16,7 +16,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nemotron_launch import bundle
 from nemotron_launch.backends.live import Backend, Refused, open_backend
 from nemotron_launch.errors import UserError
 from nemotron_launch.frozen import replace
@@ -96,7 +95,11 @@ def whole(run: Run) -> Run:
 def uploads(job: Job, rendered: Rendered) -> list[Upload]:
     """All files of a run's folder but the secrets."""
     files = [Upload(file.path, file.text.encode("utf-8", "surrogateescape"), file.mode) for file in rendered.files]
-    return files if job.bundle is None else [*files, Upload(job.bundle.file, bundle.read(job.bundle))]
+    if job.bundle is None:
+        return files
+    from nemotron_launch import bundle
+
+    return [*files, Upload(job.bundle.file, bundle.read(job.bundle))]
 
 
 def submit(

@@ -146,7 +146,11 @@ HEAVY = ("torch", "transformers", "datasets", "megatron", "numpy", "pydantic")
         (["--help"], ("yaml", "rich")),
         (["steps", "list"], ("rich", "jsonschema", "omegaconf")),
         (["steps", "show", "dpo"], ("rich", "jsonschema", "omegaconf")),
-        (["steps", "run", "dpo", "-c", "tiny", "-d"], ("rich", "jsonschema", "omegaconf", "jinja2", "urllib.request")),
+        (
+            ["steps", "run", "dpo", "-c", "tiny", "-d"],
+            ("rich", "jsonschema", "omegaconf", "jinja2", "urllib.request", "sqlite3", "paramiko", "httpx"),
+        ),
+        (["jobs", "list"], ("rich", "yaml", "jinja2", "paramiko", "httpx", "nemotron_launch.catalog")),
     ],
 )
 def test_a_light_command_imports_nothing_heavy(arguments: list[str], more: tuple[str, ...]) -> None:
