@@ -49,7 +49,7 @@ def test_the_trainer_runs_in_a_real_container(form: str, cluster: Cluster, tmp_p
     image = unpacked_image(tmp_path / "tree", [*binds, str(tmp_path)])
     if form == "squash":
         image = tmp_path / "image.sqsh"
-        command = ["mksquashfs", tmp_path / "tree", image, "-quiet", "-no-progress", "-all-root"]
+        command = ["mksquashfs", str(tmp_path / "tree"), str(image), "-quiet", "-no-progress", "-all-root"]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     run = planned_run(
         cluster,
