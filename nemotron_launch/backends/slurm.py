@@ -22,6 +22,7 @@ from nemotron_launch.trainer.exit_codes import CLAIMED
 MAIN = "job.sbatch"
 IMPORT = "import_image.sbatch"
 SECRETS = "secrets.env"
+SHELL = "shell.sh"
 SPAWN = "nemotron_launch.trainer.spawn"
 
 _SIGNALS = ("USR1", "TERM")
@@ -55,6 +56,7 @@ def render_job(job: Job) -> Rendered:
     if job.template:
         _check_line_ends(text, job.template)
     files = [File(MAIN, text), File("node.sh", fill("slurm/node.sh.j2", _node_values(job, None)))]
+    files.append(File(SHELL, fill("slurm/shell.sh.j2", values)))
     files += [
         File(f"service-{service.name}.sh", fill("slurm/node.sh.j2", _node_values(job, service)))
         for service in job.services
@@ -121,6 +123,12 @@ def _values(job: Job, image: images.Image | None) -> dict[str, Any]:
             (*_step_options(job, 0, job.nodes), *_container_options(job, ""), *_srun_args(job)),
             _launcher(job, ""),
             _command(job),
+        ),
+        "shell": _Step(
+            "shell",
+            ("--nodes=1", "--ntasks=1", "--mpi=none", f"--chdir={_word(job.workdir)}", *_container_options(job, "")),
+            _launcher(job, ""),
+            "bash",
         ),
     }
 

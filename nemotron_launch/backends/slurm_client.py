@@ -11,7 +11,7 @@ from typing import Any
 from nemotron_launch import image_jobs
 from nemotron_launch.backends import slurm_scripts as scripts
 from nemotron_launch.backends.live import LogSource, Refused, Seen, Submission
-from nemotron_launch.backends.slurm import IMPORT, MAIN, SECRETS
+from nemotron_launch.backends.slurm import IMPORT, MAIN, SECRETS, SHELL
 from nemotron_launch.backends.slurm_states import (
     FALLEN,
     Folder,
@@ -418,7 +418,8 @@ class SlurmClient:
 
     def shell(self, run: Run) -> int:
         """See Backend."""
-        return self.host.interactive(f"exec sh {scripts.sh(posixpath.join(run.run_dir, 'shell.sh'))} {run.job_id}")
+        script = posixpath.join(run.run_dir, SHELL)
+        return self.host.interactive(f"exec bash {scripts.sh(script)} {scripts.sh(run.job_id)}")
 
     def _no_slurm(self, command: str) -> UserError:
         at = self.host.name or "this machine"

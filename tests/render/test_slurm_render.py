@@ -60,7 +60,7 @@ EXAMPLE = Job(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["job.sbatch", "node.sh", "service-judge.sh", "setup.sh", "import_image.sbatch"])
+@pytest.mark.parametrize("name", ["job.sbatch", "node.sh", "service-judge.sh", "setup.sh", "shell.sh", "import_image.sbatch"])
 def test_the_example_is_rendered_as_it_was_read_and_approved(name: str) -> None:
     """NEMOTRON_UPDATE=1 writes the files anew: then read them."""
     text = {file.path: file.text for file in render(EXAMPLE).files}[name]

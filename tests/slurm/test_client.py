@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import pty
+import select
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -243,3 +248,30 @@ def test_a_hostile_folder_is_only_a_folder(site: Site) -> None:
     assert b"up" in site.client.read_logs(dict.fromkeys(sources, 0))[sources[1]]
     site.client.clear(run)
     assert not Path(run.run_dir, "claim").exists() and not list(site.folder.rglob("owned"))
+
+
+SHELL = """
+import sys
+from nemotron_launch.backends.slurm_client import open_client
+from nemotron_launch.jobs.run import Run
+sys.exit(open_client({}).shell(Run("x", "", "", "", "", "slurm", *[sys.argv[1]] * 4, 1, 0.0, job_id=sys.argv[2])))
+"""
+
+
+def test_a_shell_opens_where_the_run_works(site: Site) -> None:
+    run = site.submit(site.run("time.sleep(300)", options={"nodelist": "node2"}))
+    site.until(run, lambda seen: "up" in site.logs(run))
+    ours, theirs = pty.openpty()
+    with os.fdopen(ours, "r+b", buffering=0) as terminal:
+        command = [sys.executable, "-c", SHELL, run.run_dir, run.job_id]
+        process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
+        os.close(theirs)
+        terminal.write(b"echo on:$(hostname):$PWD; test -t 0 && exit 5\n")
+        said = b""
+        with contextlib.suppress(OSError):  # the other end was closed
+            while select.select([terminal], [], [], 60)[0] and (news := terminal.read(4096)):
+                said += news
+        assert process.wait(60) == 5, said.decode()
+    assert f"on:node2:{run.workdir}" in said.decode()
+    none = subprocess.run([*command[:-1], "99999"], capture_output=True, text=True)
+    assert (none.returncode, none.stderr) == (1, "error: job 99999 does not run now\n")
