@@ -304,7 +304,9 @@ def test_a_run_id_names_the_folder_of_a_run_here(tree: Path, nemotron: Nemotron)
     assert Path(".nemotron/runs/mine/config.yaml").is_file()
     again = nemotron("steps", "run", "small", "--run-id", "mine")
     assert again.returncode == 2
-    assert again.stderr.startswith("error: .nemotron/runs/mine: ")
+    assert again.stderr.startswith("error: there is a run mine already\n")
+    elsewhere = nemotron("steps", "run", "small", "--run-id", "mine", NEMOTRON_STATE_DIR=str(tree))
+    assert elsewhere.stderr.startswith("error: .nemotron/runs/mine: ")
 
 
 def test_the_tests_run_in_the_checkout() -> None:

@@ -22,9 +22,8 @@ SFT = ("steps", "run", "sft/small", "data.path=rows.jsonl")
 
 
 @pytest.fixture
-def state(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A ledger of its own; what a failed test leaves at work is ended."""
-    monkeypatch.setenv("NEMOTRON_STATE_DIR", str(tmp_path / "state"))
+def state(tree: Path, tmp_path: Path) -> Iterator[Path]:
+    """The folder of the ledger; what a failed test leaves at work is ended."""
     Path("rows.jsonl").write_text("{}\n")
     yield tmp_path / "state"
     for claim in Path(".nemotron/runs").glob("**/claim"):
