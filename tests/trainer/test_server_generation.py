@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from models import VOCAB, batch_of, hf_model, policy_of
+from runs import Run
 from stand_in_server import StandIn
 
 from nemotron_launch.errors import UserError
@@ -231,3 +232,31 @@ def test_a_disk_that_takes_no_weights_is_reported(policy, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file"):
         write_weights(policy, tmp_path / "file" / "weights")
+
+
+@pytest.mark.slow
+def test_a_run_trains_on_what_a_server_samples(server, tmp_path):
+    """Two steps of rl/nemo_rl/rlvr on two tensor-parallel ranks; the server starts with another model than theirs."""
+    run = Run("grpo", tmp_path, procs=2).with_(
+        policy__generation__backend="vllm",
+        policy__generation__server=server.address,
+        policy__megatron_cfg__tensor_model_parallel_size=2,
+        policy__train_global_batch_size=32,
+        policy__megatron_cfg__optimizer__lr=1e-2,
+        grpo__max_num_steps=2,
+        grpo__val_period=0,
+        grpo__val_at_start=False,
+        grpo__val_at_end=False,
+        checkpointing__pretrained_checkpoint__path=None,
+        checkpointing__enabled=False,
+    )
+    finished = run.go()
+    assert finished.code == 0, finished.said
+    lines = [line for step, line in run.numbers().items() if step]
+    assert [line["train/token_mult_prob_error"] for line in lines] == pytest.approx([1, 1], abs=1e-4)
+    assert lines[0]["train/grad_norm"] > 0
+    asked = [body for path, body in server.requests if path == "/v1/completions"]
+    assert len(asked) == 2 * 8 * 4
+    assert len({body["seed"] for body in asked}) == len(asked)
+    assert len(server.loaded) == 2
+    assert not (run.out / "rollout_weights").exists()
