@@ -129,12 +129,12 @@ def try_reward(environments: Environments, prompts: Sequence[Prompt]) -> None:
     told = [prompt for prompt in prompts if _name(prompt) in QUICK]
     told = [prompt for prompt in told if isinstance(prompt.row.get("expected_answer"), str | int | float)][:TRIED]
     for tried in filter(None, (own, told)):
-        groups = [[_answer(each, str(each.row.get("expected_answer", ""))), _answer(each, "")] for each in tried]
+        groups = [[_answer(each, text) for text in (*_right_texts(each), "")] for each in tried]
         scores = environments.score(groups)
         first = scores[0][0]
         if all(score.error for group in scores for score in group):
             what, advice = f"the verifier fails on all {len(tried)} rows tried: {first.error}", "correct it"
-        elif tried is told and not any(right.reward > wrong.reward for right, wrong in scores):
+        elif tried is told and not any(max(score.reward for score in right) > wrong.reward for *right, wrong in scores):
             what = f"the row's own right answer {str(tried[0].row['expected_answer'])[:60]!r} is rewarded with "
             what += f"{first.reward:g}, as is an empty one" + (f" ({first.error})" if first.error else "")
             advice = f"so it is with all {len(tried)} rows tried: nothing could be learnt\n"
@@ -148,6 +148,12 @@ def try_reward(environments: Environments, prompts: Sequence[Prompt]) -> None:
 
 def _name(prompt: Prompt) -> str:
     return str(prompt.row.get("env_name") or "")
+
+
+def _right_texts(prompt: Prompt) -> tuple[str, ...]:
+    """The row's right answer as models put it."""
+    right = str(prompt.row.get("expected_answer", ""))
+    return right, f"The answer is {right}", f"\\boxed{{{right}}}"
 
 
 def _answer(prompt: Prompt, text: str) -> Rollout:

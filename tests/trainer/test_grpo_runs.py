@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import Run, assert_same_tensors
+from runs import Run, assert_same_tensors, refuse
 
 pytestmark = pytest.mark.slow
 KILLED = 137
@@ -110,3 +110,60 @@ def test_every_layout_writes_and_learns_the_same(alone, two_layers, options):
     assert without_times(run).keys() == without_times(alone).keys()
     for step, line in without_times(alone).items():
         assert without_times(run)[step] == pytest.approx(line, rel=1e-5, abs=1e-5), step
+
+
+# Bad input, by the manifest's name of the error: what is wrong in row 3 of four, what is wrong in the config, what is
+# said. All before anything is generated.
+ROW = {"prompt": "sort 1: ", "expected_answer": "1"}
+REFUSED: dict[str, tuple[dict[str, Any] | None, dict[str, Any], tuple[str, ...]]] = {
+    "missing_verifier_fields": (
+        {"prompt": "sort 1: "},
+        {"data.default.env_name": "exact"},
+        ("train.jsonl:3: ", "1 of 4 rows cannot be scored: missing key expected_answer", "data.max_bad_rows"),
+    ),
+    "rollout_batch_not_divisible": (
+        None,
+        {"policy.train_global_batch_size": 12},
+        ("policy.train_global_batch_size: 12 does not divide a step's 32 rollouts (8 prompts x 4)",),
+    ),
+    "mixed_nemo_gym_and_upstream_config": (
+        None,
+        {"env.should_use_nemo_gym": True, "data.default.env_name": "exact"},
+        ("env.should_use_nemo_gym: true, but the rollouts are scored by exact",),
+    ),
+    "responses_api_schema_missing": (
+        {"responses_create_params": {}, "agent_ref": {"name": "math"}},
+        {
+            "env.should_use_nemo_gym": True,
+            "env.nemo_gym.server": "http://127.0.0.1:9",
+            "data.default.env_name": "nemo_gym",
+            "data.default_agent_ref": "math",
+        },
+        ("data.train: 1 of 4 rows are bad", "missing key responses_create_params.input: ", "train.jsonl:3"),
+    ),
+    "reward_function_not_validated": (
+        None,
+        {"data.default.env_name": "python:operator.getitem"},
+        ("train.jsonl:1: ", "python:operator.getitem: the verifier fails on all 4 rows tried: "),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def refused(rlvr):
+    runs = {}
+    for name, (row, changes, _) in REFUSED.items():
+        run = runs[name] = rlvr(**{"grpo.num_prompts_per_step": 4, **changes} if row else changes)
+        (run.folder / "data").mkdir(parents=True)
+        for file, rows in (("train", [ROW, ROW, row or ROW, ROW]), ("validation", [ROW])):
+            (run.folder / f"data/{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return refuse(runs)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_bad_input_is_refused_before_the_first_rollout(refused, name):
+    done = refused[name]
+    assert done.code == 2, done.said
+    for words in REFUSED[name][2]:
+        assert words in done.said
+    assert "Traceback" not in done.said

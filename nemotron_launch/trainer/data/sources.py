@@ -17,10 +17,18 @@ from typing import Any
 from nemotron_launch.errors import UserError
 from nemotron_launch.trainer.paths import hub_is_offline, is_hub_id, resolve_path
 
-#: Data sets that NeMo-RL knows by name: hub id and subset, used where no data_path is given.
-NAMED_DATASETS = {
-    "HelpSteer3": ("nvidia/HelpSteer3", "preference"),
-    "Tulu3Preference": ("allenai/llama-3.1-tulu-3-8b-preference-mixture", None),
+#: Data sets that NeMo-RL knows by name: hub id, subset, and the split of those that have one only; used where no
+#: data_path is given. AIME 2025 and 2026 are both parts of the year's contest.
+NAMED_DATASETS: Mapping[str, tuple[str, str | None, str | None]] = {
+    "HelpSteer3": ("nvidia/HelpSteer3", "preference", None),
+    "Tulu3Preference": ("allenai/llama-3.1-tulu-3-8b-preference-mixture", None, None),
+    "gsm8k": ("openai/gsm8k", "main", None),
+    "OpenMathInstruct-2": ("nvidia/OpenMathInstruct-2", None, None),
+    "DAPOMath17K": ("BytedTsinghua-SIA/DAPO-Math-17k", None, "train"),
+    "DeepScaler": ("agentica-org/DeepScaleR-Preview-Dataset", None, "train"),
+    "AIME2024": ("HuggingFaceH4/aime_2024", None, "train"),
+    "AIME2025": ("MathArena/aime_2025", None, "train"),
+    "AIME2026": ("MathArena/aime_2026", None, "train"),
 }
 
 
@@ -115,11 +123,11 @@ def read_rows(section: Mapping[str, Any], *, step_dir: Path | None, key: str) ->
     split, subset, cache = section.get("split") or "train", section.get("subset"), section.get("cache_dir")
     given = section.get("data_path")
     if not given:
-        name = section.get("dataset_name")
+        name = section.get("dataset_name") or ""
         if name not in NAMED_DATASETS:
             raise UserError("no data is named", where=where, hint="give the path of a file, or a hub id")
-        hub_id, default_subset = NAMED_DATASETS[name]
-        yield from _hub_rows(hub_id, subset or default_subset, split, cache, where)
+        hub_id, own_subset, only_split = NAMED_DATASETS[name]
+        yield from _hub_rows(hub_id, subset or own_subset, only_split or split, cache, where)
         return
     for entry in [given] if isinstance(given, str) else given:
         path = resolve_path(entry, step_dir, where)
