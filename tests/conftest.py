@@ -26,7 +26,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture
 def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A small tree of steps that `nemotron` uses, and a ledger; the working directory is an empty folder beside them."""
+    """A small tree of steps that `nemotron` uses, and a ledger; the working directory is an empty folder."""
     root = small_tree(tmp_path / "steps")
     monkeypatch.setenv("NEMOTRON_STEPS", str(root))
     monkeypatch.setenv("NEMOTRON_STATE_DIR", str(tmp_path / "state"))
