@@ -192,28 +192,31 @@ class Servers:
 
     def _not_ready(self, agents: Sequence[str], waited: float) -> list[str]:
         if self._head is not None and any(self.find(agent) is None for agent in agents):
-            self._ask_head(waited)
+            if not self._ask_head(waited):
+                return ["the head server"]
         found = {agent: self.find(agent) for agent in agents}
         waiting = [agent for agent, server in found.items() if server is None and agent in self._agents]
         for server in {server.name: server for server in found.values() if server}.values():
             try:
-                self._http.get(server.url, timeout=10.0)  # whatever it answers, it is there
+                with self._http.stream("GET", server.url, timeout=10.0):
+                    pass  # whatever it answers, it is there
             except httpx.HTTPError:
                 waiting.append(server.name)
         return waiting
 
-    def _ask_head(self, waited: float) -> None:
-        """Learn the servers' places from the head server. Raises UserError."""
+    def _ask_head(self, waited: float) -> bool:
+        """Learn the servers' places from the head server; False while it does not answer yet. Raises UserError."""
         try:
-            reply = self._http.get(f"{self._head}/global_config_dict_yaml", timeout=10.0)
-            reply.raise_for_status()
-            known = yaml.safe_load(reply.text)
+            with self._http.stream("GET", f"{self._head}/global_config_dict_yaml", timeout=10.0) as reply:
+                reply.raise_for_status()
+                known = yaml.safe_load(_body(reply, 10.0))
             known = yaml.safe_load(known) if isinstance(known, str) else known  # FastAPI sends the text as JSON
             if not isinstance(known, Mapping):
                 raise ValueError("what it says of its servers is no mapping")
-        except (httpx.HTTPError, httpx.InvalidURL, ValueError, yaml.YAMLError) as error:
-            if waited < min(_HEAD_TIMEOUT, self._section["ready_timeout"]) and isinstance(error, httpx.TransportError):
-                return
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError, yaml.YAMLError, Failed) as error:
+            patience = min(_HEAD_TIMEOUT, self._section["ready_timeout"] / 2)
+            if waited < patience and isinstance(error, httpx.TransportError):
+                return False
             raise UserError(
                 f"NeMo Gym's head server at {self._head} is not ready: {_plain(error)}",
                 where=f"{KEY}.server",
@@ -221,6 +224,7 @@ class Servers:
                 exit_code=1,
             ) from error
         self._learn(known, urlsplit(self._head or "").hostname)
+        return True
 
     def _learn(self, config: Mapping[str, Any], host: str | None) -> None:
         """Instances of a NeMo Gym config: resource servers with their ports, agents with their resource server.
@@ -255,21 +259,16 @@ class _Session:
         headers = {"Content-Type": "application/json"}
         if self._cookies:
             headers["Cookie"] = "; ".join(f"{name}={value}" for name, value in self._cookies.items())
-        deadline = time.monotonic() + self._timeout
         try:
             content = json.dumps(body, allow_nan=False).encode()
         except (TypeError, ValueError) as error:
             raise Failed(f"the row is no JSON ({error})", final=True) from error
         try:
             with self._http.stream("POST", self._url + path, content=content, headers=headers) as reply:
-                said = bytearray()
-                for chunk in reply.iter_bytes():
-                    said += chunk
-                    if len(said) > _LARGEST_REPLY:
-                        raise Failed(f"{path} answers with more than {_LARGEST_REPLY >> 20} MiB")
-                    if time.monotonic() > deadline:
-                        raise Failed(f"{path} took longer than {self._timeout:g} s")
+                said = _body(reply, self._timeout)
                 self._keep_cookies(reply)
+        except Failed as problem:
+            raise Failed(f"{path} {problem}") from problem
         except httpx.TimeoutException as error:
             raise Failed(f"{path} took longer than {self._timeout:g} s") from error
         except (httpx.HTTPError, httpx.InvalidURL) as error:
@@ -279,10 +278,10 @@ class _Session:
         if reply.status_code == 404 and path == "/seed_session":
             return None
         if reply.status_code >= 300:
-            what = _detail(bytes(said)) if reply.status_code == 422 else ""
+            what = _detail(said) if reply.status_code == 422 else ""
             raise Failed(f"{path} answers {reply.status_code}{what}", final=reply.status_code < 500)
         try:
-            return json.loads(bytes(said))
+            return json.loads(said)
         except (ValueError, RecursionError) as error:
             raise Failed(f"{path} answers with no JSON") from error
 
@@ -293,6 +292,18 @@ class _Session:
             except CookieError:
                 continue
             self._cookies |= {name: morsel.coded_value for name, morsel in cookie.items()}
+
+
+def _body(reply: httpx.Response, seconds: float) -> bytes:
+    """All of a reply; one that comes in drops has the same time as any other. Raises Failed."""
+    deadline, said = time.monotonic() + seconds, bytearray()
+    for chunk in reply.iter_bytes():
+        said += chunk
+        if len(said) > _LARGEST_REPLY:
+            raise Failed(f"answers with more than {_LARGEST_REPLY >> 20} MiB")
+        if time.monotonic() > deadline:
+            raise Failed(f"took longer than {seconds:g} s")
+    return bytes(said)
 
 
 def _mappings(block: Any) -> Iterator[Mapping[str, Any]]:

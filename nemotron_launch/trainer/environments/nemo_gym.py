@@ -40,6 +40,7 @@ class NemoGymEnvironment:
     def __init__(self, section: Mapping[str, Any]) -> None:
         self._servers = Servers(section)
         self._threads = section["concurrency"]
+        self._known: set[str] = set()
 
     def problems(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
         """For each row why it cannot be scored; empty if it can. Waits for the servers. Raises UserError without them.
@@ -47,8 +48,8 @@ class NemoGymEnvironment:
         The first rows of each kind are verified with an empty answer, to see whether the server can read them.
         """
         found = [_problem(row) for row in rows]
-        agents = sorted({_agent(row) for row, problem in zip(rows, found, strict=True) if not problem})
-        self._servers.await_ready(agents)
+        agents = {_agent(row) for row, problem in zip(rows, found, strict=True) if not problem}
+        self._await(agents)
         tried: dict[tuple[str, ...], str] = {}
         for i, row in enumerate(rows):
             if found[i]:
@@ -70,6 +71,9 @@ class NemoGymEnvironment:
         """The scores. Where a server brings no reward, in time and after all tries, the rollout is lost."""
         rollouts = [rollout for group in groups for rollout in group]
         self._servers.go_on()
+        agents = {_agent(rollout.row) for rollout in rollouts} - self._known - {""}
+        if agents:  # rows that nobody checked
+            self._await(agents)
         with ThreadPoolExecutor(max(1, min(self._threads, len(rollouts))), "nemo_gym") as threads:
             try:
                 scores = iter(list(threads.map(self._score, rollouts)))
@@ -82,6 +86,10 @@ class NemoGymEnvironment:
     def close(self) -> None:
         """Give up what still waits. Servers that the run's services started end with the run."""
         self._servers.close()
+
+    def _await(self, agents: set[str]) -> None:
+        self._servers.await_ready(sorted(agents))
+        self._known |= agents
 
     def _score(self, rollout: Rollout) -> Score:
         started = time.perf_counter()

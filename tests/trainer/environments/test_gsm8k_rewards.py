@@ -29,8 +29,7 @@ def right() -> dict[str, str]:
 def test_all_reference_solutions_are_right(opened, right):
     solutions = rows("test.jsonl")
     groups = [
-        [Rollout([], row["answer"], {"expected_answer": right[" ".join(row["question"].split())]})]
-        for row in solutions
+        [Rollout([], row["answer"], {"expected_answer": right[" ".join(row["question"].split())]})] for row in solutions
     ]
     environments = opened()
     started = time.process_time()

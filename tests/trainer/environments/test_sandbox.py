@@ -217,7 +217,5 @@ def test_without_isolation_limits_still_hold_where_the_config_allows_it(no_names
     assert harm(forever, attempt(forever, isolated=False)) == ""
     unisolated = replace(LIMITS, isolated=False, own_user=False)
     daemon = "import os, time\npid = os.fork()\nif pid == 0:\n    os.setsid(); time.sleep(600)\nprint(pid)"
-    (end,) = run_programs(
-        {"program.py": daemon}, [Program(python("program.py"))], replace(LIMITS, isolated=False, own_user=False)
-    )
+    (end,) = run_programs({"program.py": daemon}, [Program(python("program.py"))], unisolated)
     wait_for(lambda: not Path(f"/proc/{int(end.stdout)}").exists())
