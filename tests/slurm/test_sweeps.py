@@ -115,6 +115,25 @@ def test_failed_points_are_submitted_again_alone(tree: Path, site: MakeSite) -> 
         assert len(list(Path(second[n]["state_dir"], "logs").iterdir())) == 2
 
 
+@pytest.mark.slow
+def test_a_point_that_resumes_takes_no_other_with_it_and_secrets_stay_until_the_last(
+    tree: Path, site: MakeSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A point's job may have the array's own number, which to Slurm's commands means all of its points."""
+    monkeypatch.setenv("API_TOKEN", "s3cret")
+    here = site(max_restarts=1, secrets=["API_TOKEN"])
+    here.submit("small", "--sweep", "exit=0,85,0,85", "--sweep", "+env_vars.A=1,2,3,4", "--zip", "--max-parallel", "2")
+    over = here.until_over(120)
+    assert [(row["state"], row["attempt"]) for row in over] == [
+        ("finished", 0), ("stopped", 1), ("finished", 0), ("stopped", 1)
+    ], here.all()  # fmt: skip
+    for row, attempts in zip(over, (1, 2, 1, 2), strict=True):
+        assert len(list(Path(row["state_dir"], "logs").iterdir())) == attempts
+        seen = json.loads((Path(row["output_dir"]) / "seen.json").read_text())
+        assert seen["env"]["API_TOKEN"] == "s3cret"
+    assert not (Path(over[0]["run_dir"]) / "secrets.env").exists()
+
+
 def test_an_attached_sweep_ends_with_the_first_failure(tree: Path, site: MakeSite) -> None:
     here = site()
     done = here("steps", "run", "small", "--sweep", "exit=0,3", "-r", "cluster", "--profiles", str(here.profiles))
