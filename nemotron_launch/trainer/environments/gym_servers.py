@@ -191,9 +191,9 @@ class Servers:
         self._http.close()
 
     def _not_ready(self, agents: Sequence[str], waited: float) -> list[str]:
-        if self._head is not None and any(self.find(agent) is None for agent in agents):
-            if not self._ask_head(waited):
-                return ["the head server"]
+        unknown = any(self.find(agent) is None for agent in agents)
+        if unknown and self._head is not None and not self._ask_head(waited):
+            return ["the head server"]
         found = {agent: self.find(agent) for agent in agents}
         waiting = [agent for agent, server in found.items() if server is None and agent in self._agents]
         for server in {server.name: server for server in found.values() if server}.values():
