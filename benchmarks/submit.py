@@ -4,6 +4,10 @@
 
     sweep      1,000 points: from the command's start to its array job's id, on the login node. Limit: 5 s.
     following  squeue, sacct and scontrol calls a minute while one job, or 100 points of a sweep, are followed.
+    ssh        from a compiled job to its job id on a login node behind sshd, a new connection each time, beside the
+               same steps by hand: ssh makes the folder, sftp brings the files, ssh calls sbatch, all over one
+               connection (ControlMaster). Turns alternate; each of ours is a new process, paramiko's import included.
+               Limit: 1.5 times.
 
 Needs root and the Debian packages of tests/slurm/cluster.py. Calls are counted by wrappers in front of Slurm's
 commands, those of the jobs' own scripts left out.
@@ -14,12 +18,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +33,12 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
 from tests.slurm.cluster import Cluster, missing  # noqa: E402
+from tests.sshd import Sshd  # noqa: E402
 
 POINTS = 1000
 LIMIT = 5.0  # seconds for the sweep
+LIMIT_SSH = 1.5  # times the same by hand
+TURNS = 9
 COMMANDS = ("sbatch", "squeue", "sacct", "scontrol", "scancel")
 WAITS = "import time\ntime.sleep(3600)\n"
 
@@ -129,12 +138,112 @@ def following(bench: Bench, seconds: float) -> dict[str, Any]:
     return found
 
 
+def ssh(bench: Bench, seconds: float) -> dict[str, Any]:
+    """Milliseconds from a compiled job to its job id over SSH, in each way and by hand."""
+    sshd = Sshd(bench.folder / "sshd", env={"SLURM_CONF": str(bench.cluster.conf), "HOME": str(bench.folder)})
+    sshd.start()
+    try:
+        env = {key: value for key, value in bench.env.items() if key != "SLURM_CONF"} | sshd.environment
+        bench = copy(bench)
+        bench.env = env
+        by_hand = _ByHand(bench, sshd)
+        taken: dict[str, list[float]] = {}
+        for turn in range(1 + TURNS):
+            for name in ("by hand", "paramiko", "openssh", "whole command"):
+                signed_in = sshd.log.count("Accepted")
+                if name == "by hand":
+                    took = by_hand.submit() if turn else 0.0
+                else:
+                    took = _over_ssh(bench, sshd, name)
+                    by_hand.files = by_hand.files or sorted((bench.folder / "jobs").iterdir())[0]
+                    assert sshd.log.count("Accepted") == signed_in + 1, "not one connection"
+                if turn:  # the first one fills caches
+                    taken.setdefault(name, []).append(took)
+            bench.cluster.run("scancel", "--user=root", check=False)
+    finally:
+        sshd.stop()
+    found: dict[str, Any] = {name: {"ms": round(statistics.median(times) * 1000)} for name, times in taken.items()}
+    for name in ("paramiko", "openssh", "whole command"):
+        ratios = [ours / hand for ours, hand in zip(taken[name], taken["by hand"], strict=True)]
+        found[name] |= {"times by hand": round(statistics.median(ratios), 2)}
+        found[name] |= {"range": [round(min(ratios), 2), round(max(ratios), 2)]}
+    return found
+
+
+def _over_ssh(bench: Bench, sshd: Sshd, name: str) -> float:
+    """Seconds of one submission of ours, the whole command's or from the compiled job on."""
+    keys = json.loads((bench.folder / "site.yaml").read_text())
+    client = "openssh" if name == "openssh" else "paramiko"
+    (bench.folder / "ssh.yaml").write_text(json.dumps({**keys, "tunnel": {**sshd.tunnel, "client": client}}))
+    words = ["dpo", "-c", "default", "-b", "./ssh.yaml", "--json", *SMALL]
+    if name == "whole command":
+        start = time.perf_counter()
+        bench.run("steps", "run", *words)
+        return time.perf_counter() - start
+    code = SUBMISSION.format(words=["steps", "run", *words])
+    done = subprocess.run([sys.executable, "-c", code], env=bench.env, cwd=bench.folder, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return float(done.stderr.split()[-1])
+
+
+# The command, with a clock that starts when the job is compiled and stops at its id.
+SUBMISSION = """
+import sys, time
+from nemotron_launch.cli import main, submit
+inner = submit.submit_all
+def timed(planned, asked):
+    start = time.perf_counter()
+    code = inner(planned, asked)
+    print(time.perf_counter() - start, file=sys.stderr)
+    return code
+submit.submit_all = timed
+sys.exit(main.run({words!r}))
+"""
+
+
+class _ByHand:
+    """What somebody types who submits these files; with their settings for a shared connection."""
+
+    def __init__(self, bench: Bench, sshd: Sshd) -> None:
+        self.bench, self.sshd = bench, sshd
+        self.files: Path | None = None
+        self.turn = 0
+
+    def submit(self) -> float:
+        """Seconds."""
+        assert self.files
+        self.turn += 1
+        folder = self.bench.folder / "by-hand" / str(self.turn)
+        options = ["-F", self.sshd.config, "-o", "ControlMaster=auto", "-o", "ControlPersist=60"]
+        options += ["-o", f"ControlPath={self.bench.folder}/c"]
+        names = [path.name for path in self.files.iterdir() if path.suffix in (".sbatch", ".sh", ".yaml", ".gz")]
+        batch = "".join(
+            f"put {self.files}/{name} {folder}/{name}.part\nrename {folder}/{name}.part {folder}/{name}\n"
+            for name in names
+        )
+        (self.bench.folder / "batch").write_text(batch)
+        start = time.perf_counter()
+        self._run("ssh", *options, self.sshd.tunnel["host"], f"umask 077; mkdir -p {folder}")
+        self._run("sftp", "-q", *options, "-b", self.bench.folder / "batch", self.sshd.tunnel["host"])
+        self._run("ssh", *options, self.sshd.tunnel["host"], f"sbatch --parsable {folder}/job.sbatch")
+        took = time.perf_counter() - start
+        self._run("ssh", *options, "-O", "exit", self.sshd.tunnel["host"])
+        return took
+
+    def _run(self, *command: object) -> None:
+        with (self.bench.folder / "by-hand.log").open("ab") as log:  # a master would hold a pipe open
+            done = subprocess.run(list(map(str, command)), stdin=subprocess.DEVNULL, stdout=log, stderr=log, timeout=60)
+        if done.returncode:
+            raise SystemExit(f"{command}: {(self.bench.folder / 'by-hand.log').read_text()}")
+
+
 def _rate(before: Mapping[str, int], after: Mapping[str, int], seconds: float) -> dict[str, float]:
     rates = {name: round((after[name] - before.get(name, 0)) * 60 / seconds, 1) for name in after}
     return {name: rate for name, rate in rates.items() if rate}
 
 
-PARTS: dict[str, Callable[[Bench, float], dict[str, Any]]] = {"sweep": sweep, "following": following}
+PARTS: dict[str, Callable[[Bench, float], dict[str, Any]]] = {"sweep": sweep, "following": following, "ssh": ssh}
 
 
 @contextmanager
@@ -168,6 +277,8 @@ def main() -> None:
     slow = found.get("sweep", {}).get(f"{POINTS} points", {}).get("seconds", 0) > LIMIT
     if given.check and slow:
         raise SystemExit(f"more than {LIMIT} s")
+    if given.check and found.get("ssh", {}).get("paramiko", {}).get("times by hand", 0) > LIMIT_SSH:
+        raise SystemExit(f"more than {LIMIT_SSH} times as long as by hand")
 
 
 if __name__ == "__main__":

@@ -55,6 +55,11 @@ class Sshd:
         """For a process that uses the tunnel: where its SSH config lies."""
         return {"NEMOTRON_SSH_CONFIG": str(self.config), "SSH_AUTH_SOCK": ""}
 
+    @property
+    def log(self) -> str:
+        """What the server has said so far."""
+        return (self.root / "sshd.log").read_text(errors="replace")
+
     def start(self) -> None:
         self.root.mkdir(parents=True, exist_ok=True)
         self.root.chmod(0o700)
@@ -72,7 +77,7 @@ class Sshd:
             if self._answers():
                 break
             self.port = 0
-        assert self.port, f"sshd did not start: {(self.root / 'sshd.log').read_text()}"
+        assert self.port, f"sshd did not start: {self.log}"
         public = (self.root / "host_key.pub").read_text().split()
         self.known_hosts.write_text(f"[127.0.0.1]:{self.port} {public[0]} {public[1]}\n")
         self.config.write_text(f"""\

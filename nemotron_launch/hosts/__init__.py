@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -86,6 +88,21 @@ def open_host(contact: Mapping[str, Any]) -> Host:
         from nemotron_launch.hosts.openssh import OpenSSH
 
         return Remote(OpenSSH(contact))
-    from nemotron_launch.hosts.ssh import SSH
+    with _without("invoke"):  # which paramiko loads for a part that is not used here: a third of its import
+        from nemotron_launch.hosts.ssh import SSH
 
     return Remote(SSH(contact))
+
+
+@contextmanager
+def _without(module: str) -> Iterator[None]:
+    """As if a module that nobody has loaded yet could not be loaded."""
+    modules: dict[str, Any] = sys.modules
+    absent = module not in modules
+    if absent:
+        modules[module] = None
+    try:
+        yield
+    finally:
+        if absent:
+            modules.pop(module, None)
