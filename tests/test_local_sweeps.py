@@ -64,15 +64,17 @@ def test_several_points_run_at_once(ask: Ask) -> None:
 
 
 def test_failed_points_are_submitted_again_alone(ask: Ask) -> None:
-    assert ask("steps", "run", "small", "--sweep", "exit=0,5", "-b", "here").returncode == 0
+    assert ask("steps", "run", "small", "--sweep", "exit=0,5,6", "-b", "here").returncode == 0
     first = until_over(ask)
-    assert [row["state"] for row in first] == ["finished", "failed"]
+    assert [row["state"] for row in first] == ["finished", "failed", "failed"]
     again = ask("jobs", "resubmit", "last")
     assert again.returncode == 0, again.stderr
     second = until_over(ask)
     assert second[0] == first[0]
-    assert second[1]["state"] == "failed" and second[1]["started"] > first[1]["started"]
-    assert len(list(Path(second[1]["state_dir"], "logs").iterdir())) == 2
+    for n in (1, 2):
+        assert second[n]["state"] == "failed" and second[n]["started"] > first[n]["started"]
+        assert len(list(Path(second[n]["state_dir"], "logs").iterdir())) == 2
+    assert second[1]["ended"] <= second[2]["started"]  # still one after another
 
 
 def test_a_point_that_is_wrong_leaves_nothing_behind(ask: Ask, tmp_path: Path) -> None:

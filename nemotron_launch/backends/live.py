@@ -12,6 +12,8 @@ from nemotron_launch.hosts import Host, Upload
 from nemotron_launch.job import Executor
 from nemotron_launch.jobs.run import Run, State
 
+POINTS = "points"  # in the options of a sweep that is submitted again: the numbers of those that are
+
 
 class Refused(UserError):
     """The executor said no: nothing was submitted."""
@@ -64,8 +66,9 @@ class Backend(Protocol):
     def submit(self, run: Run, files: Sequence[Upload], *, after: Sequence[Run] = ()) -> Submission:
         """Place the files in run.run_dir and submit the run, once: a lost answer is looked up before a second try.
 
-        A run without a point submits its whole script, all points of a sweep; a point submits itself alone. Unreachable
-        means that the answer is not known: `find` will know it. Refused: nothing but the folder is left.
+        A run without a point submits its whole script, all points of a sweep, or those in its options under POINTS; a
+        point submits itself alone. Unreachable means that the answer is not known: `find` will know it. Refused:
+        nothing but the folder is left.
         """
 
     def find(self, run: Run) -> Submission | None:

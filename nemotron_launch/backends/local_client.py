@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from nemotron_launch.backends import local_folder
-from nemotron_launch.backends.live import LogSource, Refused, Seen, Submission
+from nemotron_launch.backends.live import POINTS, LogSource, Refused, Seen, Submission
 from nemotron_launch.backends.local import keep_from_git
 from nemotron_launch.backends.local_supervisor import TASK
 from nemotron_launch.errors import UserError
-from nemotron_launch.frozen import replace
 from nemotron_launch.hosts import Host, Upload, open_host
 from nemotron_launch.jobs.process import alive
 from nemotron_launch.jobs.run import Run
@@ -42,9 +41,6 @@ class LocalClient:
         if found := self.find(run):
             return found
         folder = Path(run.state_dir)
-        if run.point is not None:  # alone, out of its sweep's files
-            own = f"{folder.name}/"
-            files = [replace(file, path=file.path.removeprefix(own)) for file in files if file.path.startswith(own)]
         assert self.host is not None
         try:
             keep_from_git(Path(run.run_dir))
@@ -52,6 +48,7 @@ class LocalClient:
         except UserError as error:
             raise Refused(error.message, where=error.where, hint=error.hint, exit_code=error.exit_code) from None
         points = sorted(int(point[1]) for file in files if (point := _POINT.fullmatch(file.path)))
+        points = [point for point in points if point in run.options.get(POINTS, points)]
         homes = [folder / f"point-{point}" for point in points if run.point is None] or [folder]
         task = {
             "workdir": run.workdir,

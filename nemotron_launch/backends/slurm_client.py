@@ -10,7 +10,7 @@ from typing import Any
 
 from nemotron_launch import image_jobs
 from nemotron_launch.backends import slurm_scripts as scripts
-from nemotron_launch.backends.live import LogSource, Refused, Seen, Submission
+from nemotron_launch.backends.live import POINTS, LogSource, Refused, Seen, Submission
 from nemotron_launch.backends.slurm import IMPORT, MAIN, SECRETS, SHELL
 from nemotron_launch.backends.slurm_states import (
     FALLEN,
@@ -83,6 +83,9 @@ class SlurmClient:
         options = [f"--dependency=afterok:{':'.join(waits_for)}", "--kill-on-invalid-dep=yes"] if waits_for else []
         if run.point is not None:
             options.append(f"--array={run.point}")
+        elif points := run.options.get(POINTS):
+            limit = f"%{run.options['max_parallel']}" if run.options.get("max_parallel") else ""
+            options.append(f"--array={','.join(map(str, points))}{limit}")
         return replace(self._submit(run, options, {}), notes=image.notes)
 
     def submit_successor(self, run: Run) -> Submission:

@@ -180,7 +180,7 @@ def cancel(names: tuple[str, ...]) -> None:
 def resubmit(name: str, as_json: bool) -> None:
     """Submit a run again that ended before it had finished, exactly as it was; it goes on from its last checkpoint.
 
-    Of a sweep the points that did not finish, each by itself. Secrets are taken from the environment again.
+    Of a sweep the points that did not finish. Secrets are taken from the environment again.
     """
     from nemotron_launch.cli import submit
     from nemotron_launch.jobs import actions

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from nemotron_launch.backends.live import POINTS
 from nemotron_launch.errors import UserError
 from nemotron_launch.frozen import frozen, replace
 from nemotron_launch.hosts import Host
@@ -45,12 +46,13 @@ def resubmit(
     if not wanted:
         finished = all(run.state == "finished" for run in runs)
         raise UserError(f"{runs[0].sweep}: no point has ended unfinished" + (", all have finished" if finished else ""))
-    # A sweep that was never submitted is one array still.
-    together = len(runs) > 1 and all(run.state == "refused" and not run.job_id for run in runs)
-    rows: list[Run] = []
-    for part in [wanted] if together else [[run] for run in wanted]:
-        rows += _again(ledger, backends, part, whole(part[0]) if together else part[0], env)
-    return rows
+    # Points are one submission again, so that no more of them run at a time than were allowed to. Here, their common
+    # supervisor may still be at work on others: then each gets its own.
+    if len(wanted) > 1 and (wanted[0].executor == "slurm" or all(run.state in OVER for run in runs)):
+        sweep = whole(wanted[0])
+        chosen = {**sweep.options, POINTS: [run.point for run in wanted]}
+        return _again(ledger, backends, wanted, replace(sweep, options=chosen), env)
+    return [row for run in wanted for row in _again(ledger, backends, [run], run, env)]
 
 
 def _again(
@@ -71,7 +73,8 @@ def _again(
     mine = [row for row in claimed if row]
     if len(mine) < len(rows):
         raise UserError(f"{run.run_id} was submitted by somebody else just now")
-    backend.clear(run)
+    for each in {one.state_dir: one for one in (run, *rows)}.values():
+        backend.clear(each)
     return place(ledger, mine, replace(run, **fresh), [*files, *secret], backend, after=waits)
 
 

@@ -17,6 +17,7 @@ def plan_submission(sweep: Sweep) -> tuple[Run, list[Upload], list[Run]]:
     """The run as a whole, the files of its folder, and the rows of its points, for `submission.submit`."""
     if sweep.array and sweep.rendered:
         run = new_run(sweep.array, sweep.overrides)
+        run = replace(run, options={**run.options, "max_parallel": sweep.max_parallel})
         files = [*uploads(sweep.array, sweep.rendered), Upload(PACKED, pack(sweep.array))]
     else:
         first = sweep.jobs[0]

@@ -102,7 +102,7 @@ def test_points_run_as_one_array_each_with_its_own_config_output_and_row(tree: P
 
 def test_failed_points_are_submitted_again_alone(tree: Path, site: MakeSite) -> None:
     here = site()
-    here.submit("small", "--sweep", "exit=0,3,4")
+    here.submit("small", "--sweep", "exit=0,3,4", "--max-parallel", "2")
     first = here.until_over()
     done = here("jobs", "resubmit", "last")
     assert done.returncode == 0, done.stderr
@@ -112,6 +112,7 @@ def test_failed_points_are_submitted_again_alone(tree: Path, site: MakeSite) -> 
     for n in (1, 2):
         assert second[n]["state"] == "failed" and second[n]["job_id"] != first[n]["job_id"]
         assert second[n]["job_id"].endswith(f"_{n}")
+        assert here.cluster.show(second[n]["job_id"])["ArrayTaskThrottle"] == "2"
         assert len(list(Path(second[n]["state_dir"], "logs").iterdir())) == 2
 
 
