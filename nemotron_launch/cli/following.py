@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from nemotron_launch.backends.live import LogSource
-from nemotron_launch.cli.job_tables import state_line
+from nemotron_launch.cli.job_tables import plain, state_line
 from nemotron_launch.errors import UserError
 from nemotron_launch.jobs.follow import MOST_LOGS, Answer, Detached, follow
 from nemotron_launch.jobs.ledger import Ledger
@@ -80,7 +80,7 @@ class Terminal:
         if self.quiet:
             return
         run, seen = known.run, known.seen
-        text = f"{run.run_id}: {state_line(run)}" + (f": {run.reason}" if run.reason else "")
+        text = f"{run.run_id}: {state_line(run)}" + (f": {plain(run.reason)}" if run.reason else "")
         if seen and seen.expected_start and run.state == "pending":
             text += f"; expected to start {time.strftime('%F %T', time.localtime(seen.expected_start))}"
         if run.state == "running" and seen and seen.nodes:
@@ -105,6 +105,8 @@ class Terminal:
         answer = self._ask()
         self.asked = 0
         self.cancelling = answer == "cancel"
+        if answer == "continue":
+            self.notice("following on")
         return answer
 
     def _ask(self) -> Answer:

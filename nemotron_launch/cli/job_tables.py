@@ -33,7 +33,8 @@ def print_list(found: Sequence[Known]) -> None:
     for run in (one.run for one in found):
         began = run.submitted or run.created
         what = f"{run.step.rpartition('/')[2]} -c {run.config}"
-        rows.append((run.run_id, run.state, _ago(began), _lasted(run), run.profile or "-", run.job_id or "-", what))
+        cells = (run.run_id, run.state, _ago(began), _lasted(run), run.profile or "-", run.job_id or "-", what)
+        rows.append(tuple(map(plain, cells)))
     print_table(("RUN", "STATE", "SUBMITTED", "TOOK", "PROFILE", "JOB", "STEP"), rows)
 
 
@@ -63,7 +64,7 @@ def print_run(known: Known, progress: Progress | None) -> None:
         facts.append(("progress", progress_line(progress)))
         if progress.checkpoint is not None:
             facts.append(("checkpoint", f"{run.checkpoints}/step_{progress.checkpoint}"))
-    print_facts(facts)
+    print_facts([(name, value if name == "state" else plain(value)) for name, value in facts])
     if progress and progress.attempts:
         print_section("attempts", (_attempt(run, progress, n) for n in range(len(progress.attempts))))
     if run.state in _RESUMABLE:
@@ -78,7 +79,7 @@ def print_points(found: Sequence[Known], progress: Mapping[str, Progress]) -> No
         step = "-" if far is None or far.step is None else str(far.step)
         loss = "-" if far is None else _number(far.metrics.get("train/loss"))
         code = "-" if run.exit_code is None else str(run.exit_code)
-        rows.append((str(run.point), run.state, code, step, loss, _lasted(run), " ".join(run.overrides)))
+        rows.append((str(run.point), run.state, code, step, loss, _lasted(run), plain(" ".join(run.overrides))))
     print_table(("POINT", "STATE", "EXIT", "STEP", "LOSS", "TOOK", "OVERRIDES"), rows)
     counts: dict[str, int] = {}
     for one in found:
@@ -97,6 +98,11 @@ def as_data(known: Known, progress: Progress | None = None) -> dict[str, Any]:
         data |= {"metrics": dict(progress.metrics), "last_checkpoint": progress.checkpoint}
         data["attempts"] = [{**vars(attempt), "nodes": dict(attempt.nodes)} for attempt in progress.attempts]
     return data
+
+
+def plain(text: str) -> str:
+    """Text for one line of a terminal: what would move its cursor, or cannot be written, is a question mark."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def state_line(run: Run) -> str:

@@ -243,6 +243,11 @@ def run(
         how = _how(detached is None, after, on_interrupt, as_json, force_squash)
         ctx.exit(submit_run(step, path, overrides, passthrough, profile, how, run_id=run_id))
     else:
+        if after or on_interrupt:
+            raise UserError(
+                f"{'--after' if after else '--on-interrupt'} is for runs that are submitted",
+                hint="here:  -b, then jobs attach",
+            )
         from nemotron_launch.backends.local import run_stages
 
         ctx.exit(run_stages(step, path, overrides, passthrough, profile, run_id=run_id))

@@ -88,7 +88,12 @@ def _submit(
 ) -> list[Run]:
     try:
         return submit(ledger, run, files, after=after, backend=backends.of(run), **more)
+    except KeyboardInterrupt:
+        warn(f"interrupted: it may have been submitted; this finds out:  nemotron jobs status {run.run_id}")
+        raise
     except Unreachable as error:
+        if ledger.get((more.get("points") or [run])[0].run_id) is None:
+            raise  # out of reach from the start
         hint = f"it may have arrived; this finds out:  nemotron jobs status {run.run_id}"
         hint = "\n".join(filter(None, [error.hint, hint]))
         raise Unreachable(error.message, where=error.where, hint=hint, exit_code=error.exit_code) from None

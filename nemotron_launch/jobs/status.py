@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +18,7 @@ from nemotron_launch.jobs.settle import Backends, Warn, only_one
 from nemotron_launch.trainer.exit_codes import RESUME_ME
 
 CANCELLED = 130  # exit code of a command that waited for a run that was cancelled
+_VANISHED = 900.0  # seconds after which a run that nobody knows of is lost
 _MOVING: frozenset[State] = LIVE - {"submitting"}
 _KEPT = ("state", "reason", "exit_code", "attempt", "started", "ended")
 
@@ -68,9 +71,10 @@ def exit_code(runs: Sequence[Run]) -> int:
 
 
 def refresh(ledger: Ledger, backends: Backends, runs: Sequence[Run], warn: Warn) -> list[Known]:
-    """Ask after those of the runs that are not over, write what has changed; all of them, in their order."""
+    """Ask after those of the runs that are not over, or lost, write what has changed; all of them, in their order."""
     known = {run.run_id: Known(run) for run in runs}
-    for group in backends.groups(run for run in runs if run.state in _MOVING):
+    # One that was lost may be found again: a file system was away, or a controller.
+    for group in backends.groups(run for run in runs if run.state in _MOVING or run.state == "lost"):
         try:
             backend = backends.of(group[0])
             for one in look(ledger, backend, group):
@@ -95,7 +99,9 @@ def progress_of(backends: Backends, runs: Sequence[Run], warn: Warn) -> dict[str
 
 def look(ledger: Ledger, backend: Backend, runs: Sequence[Run]) -> list[Known]:
     """Poll runs of one backend, let those go on that want a successor, and write down what has changed."""
-    seen = backend.poll(runs)
+    # What another process is submitting changes under our hands.
+    runs = [ledger.get(run.run_id) or run if run.state == "submitting" else run for run in runs]
+    seen = backend.poll([run for run in runs if run.state != "submitting"])
     for run in runs:
         one = seen.get(run.run_id)
         if one and one.wants_successor:
@@ -119,7 +125,7 @@ def look(ledger: Ledger, backend: Backend, runs: Sequence[Run]) -> list[Known]:
 
 def _changes(run: Run, seen: Seen | None) -> dict[str, Any]:
     if seen is None:
-        return {}
+        return _vanished(run)
     values = {name: getattr(seen, name) for name in _KEPT}
     if seen.job_id:
         values["job_id"] = seen.job_id
@@ -127,6 +133,16 @@ def _changes(run: Run, seen: Seen | None) -> dict[str, Any]:
         if values[name] is None:
             del values[name]
     return {name: value for name, value in values.items() if getattr(run, name) != value}
+
+
+def _vanished(run: Run) -> dict[str, Any]:
+    """What to note of a run that its executor was asked about and knows nothing of; another machine's is its own."""
+    elsewhere = run.executor == "local" and run.host != os.uname().nodename
+    known_since = max(run.submitted or run.created, run.started or 0.0)
+    if run.state == "submitting" or elsewhere or time.time() - known_since < _VANISHED:
+        return {}
+    reason = "neither its executor nor its folder knows of it"
+    return {"state": "lost", "reason": reason, "ended": time.time()} if run.state in LIVE else {}
 
 
 def _these(runs: Sequence[Run]) -> str:
