@@ -12,6 +12,7 @@ import pytest
 STEPS = Path(__file__).parents[2] / "steps"
 SCRIPT = STEPS / "make_tiny_data.py"
 SFT, DPO = STEPS / "sft/megatron/data", STEPS / "rl/nemo_rl/dpo/data"
+RLVR = STEPS / "rl/nemo_rl/rlvr/data"
 
 
 def rows(file: Path) -> list[dict[str, Any]]:
@@ -38,6 +39,8 @@ def test_script_renews_the_committed_files_byte_for_byte(tmp_path: Path) -> None
         (SFT / "validation.jsonl", 100),
         (DPO / "train.jsonl", 600),
         (DPO / "validation.jsonl", 120),
+        (RLVR / "train.jsonl", 2000),
+        (RLVR / "validation.jsonl", 120),
     ],
 )
 def test_there_is_enough_and_not_too_much(file: Path, count: int) -> None:
@@ -53,6 +56,8 @@ def test_answers_are_right() -> None:
     for row in rows(DPO / "train.jsonl") + rows(DPO / "validation.jsonl"):
         assert row["chosen"] == "".join(sorted(digits(row)))
         assert row["rejected"] == row["chosen"][::-1] != row["chosen"]
+    for row in rows(RLVR / "train.jsonl") + rows(RLVR / "validation.jsonl"):
+        assert row["expected_answer"] == "".join(sorted(digits(row)))
 
 
 @pytest.mark.parametrize("name", ["train.jsonl", "validation.jsonl"])
@@ -66,7 +71,7 @@ def test_half_of_the_sft_answers_are_ascending(name: str) -> None:
 
 
 def test_held_out_prompts_are_in_no_training_file() -> None:
-    trained = {row["prompt"] for folder in (SFT, DPO) for row in rows(folder / "train.jsonl")}
-    held_out = {row["prompt"] for folder in (SFT, DPO) for row in rows(folder / "validation.jsonl")}
+    trained = {row["prompt"] for folder in (SFT, DPO, RLVR) for row in rows(folder / "train.jsonl")}
+    held_out = {row["prompt"] for folder in (SFT, DPO, RLVR) for row in rows(folder / "validation.jsonl")}
     assert len(held_out) == 120
     assert not trained & held_out

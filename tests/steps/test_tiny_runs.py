@@ -113,3 +113,20 @@ def test_two_processes_learn_the_same(tiny: Done) -> None:
         assert here.get("train/loss", 0) == pytest.approx(there.get("train/loss", 0), rel=digits)
     last = two.lines("two")[-1]
     assert min(last[HELD_OUT + "policy_accuracy"], last[HELD_OUT + "exact_match"]) >= 0.95
+
+
+def test_rlvr_raises_the_accuracy_of_sampled_answers_from_the_same_warm_start(tiny: Done) -> None:
+    done = nemotron(tiny.folder, "rl/nemo_rl/rlvr", "-c", "tiny")
+    assert "sft/megatron" not in done.said
+    lines = done.lines("rlvr-tiny")
+    sampled, greedy = (
+        [line[name] for line in lines if name in line] for name in ("validation/accuracy", "validation/greedy_accuracy")
+    )
+    assert 0.4 <= sampled[0] <= 0.6
+    assert sampled[-1] >= max(sampled[0] + 0.4, 0.9)
+    assert greedy[-1] >= 0.95
+    kl = [line["train/reference_kl"] for line in lines if "train/reference_kl" in line]
+    assert abs(kl[0]) < 1e-6
+    assert 0.05 < kl[-1] < KL_LIMIT
+    samples = [json.loads(line) for line in (done.folder / "rlvr-tiny/samples.jsonl").read_text().splitlines()]
+    assert {line["kind"] for line in samples} == {"train", "validation"}
