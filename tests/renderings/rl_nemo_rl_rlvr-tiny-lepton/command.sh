@@ -38,7 +38,7 @@ finish() {
     mv "$NEMOTRON_LOG_DIR/exit_code.node-$node.tmp" "$NEMOTRON_LOG_DIR/exit_code.node-$node"
     exec >&3
     for _ in {1..50}; do kill -0 "$copy" || break; sleep 0.1; done
-    echo "nemotron-exit 80f6660e67858c13 attempt=$attempt node=$node code=$code"
+    echo "nemotron-exit 0e724c52cdb4ce19 attempt=$attempt node=$node code=$code"
     exit "$code"
 }
 trap finish EXIT
@@ -67,7 +67,7 @@ place() { # file mode sha256 variable parts
     chmod "$2" "$part"
     mv "$part" "$run_dir/$1"
 }
-place config.yaml 600 0081a661feab8959f57e79b6230e643cdd42e58f77b446495e9b224a97645772 NEMOTRON_FILE_0 1
+place config.yaml 600 07c233c7756e249052535e87b2214ed9e82ed76dd51591099767f649dc5abaae NEMOTRON_FILE_0 1
 if [[ ! -e $run_dir/code ]]; then
     place code.tar.gz 600 0000000000000000000000000000000000000000000000000000000000000000 NEMOTRON_BUNDLE 1
     fresh=$run_dir/.code.node-$node

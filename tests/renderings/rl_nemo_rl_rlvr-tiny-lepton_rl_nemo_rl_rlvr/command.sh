@@ -38,7 +38,7 @@ finish() {
     mv "$NEMOTRON_LOG_DIR/exit_code.node-$node.tmp" "$NEMOTRON_LOG_DIR/exit_code.node-$node"
     exec >&3
     for _ in {1..50}; do kill -0 "$copy" || break; sleep 0.1; done
-    echo "nemotron-exit bddacc3b69309992 attempt=$attempt node=$node code=$code"
+    echo "nemotron-exit 19c230d9abf2e3d0 attempt=$attempt node=$node code=$code"
     exit "$code"
 }
 trap finish EXIT
@@ -67,7 +67,7 @@ place() { # file mode sha256 variable parts
     chmod "$2" "$part"
     mv "$part" "$run_dir/$1"
 }
-place config.yaml 600 4854c761377ad10eb22ffbafeb4038605b981b25f8fb9cd6ff47e185713e20c8 NEMOTRON_FILE_0 1
+place config.yaml 600 89b2d7f1c3b9ea180b7be9f3781ab90f4b144dc0d81206705796d7a48be2be77 NEMOTRON_FILE_0 1
 if [[ ! -e $run_dir/code ]]; then
     place code.tar.gz 600 0000000000000000000000000000000000000000000000000000000000000000 NEMOTRON_BUNDLE 1
     fresh=$run_dir/.code.node-$node

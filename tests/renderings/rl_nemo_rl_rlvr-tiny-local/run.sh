@@ -17,10 +17,10 @@ grpo:
   num_generations_per_prompt: 8
   max_rollout_turns: 1
   max_num_epochs: 10
-  max_num_steps: 40
+  max_num_steps: 120
   normalize_rewards: true
   use_leave_one_out_baseline: true
-  val_period: 20
+  val_period: 40
   val_start_at: -1
   val_at_start: true
   val_at_end: true
@@ -137,7 +137,7 @@ policy:
     recompute_modules: null
     optimizer:
       optimizer: adam
-      lr: 0.0002
+      lr: 0.0003
       min_lr: 0
       weight_decay: 0
       adam_beta1: 0.9
@@ -239,7 +239,7 @@ checkpointing:
   metric_name: val:accuracy
   higher_is_better: true
   keep_top_k: 2
-  save_period: 20
+  save_period: 40
   ft_save_period: null
   ft_keep_latest_k: null
   checkpoint_must_save_by: null
