@@ -253,8 +253,9 @@ class SlurmClient:
         found = newest(
             record
             for record in records
-            if record.name == name
-            and (not record.comment or len(record.comment) > 900 or record.comment.endswith(mark or f"nemotron:{name}"))
+            if record.name == name[: len(record.name)]
+            and len(record.name) >= min(len(name), 128)
+            and (not record.comment or len(record.comment) > 390 or record.comment.endswith(mark or f"nemotron:{name}"))
             and (not mark or record.comment)
             and (run.point is None or record.job_id.endswith(f"_{run.point}"))
             and ours(record.job_id)

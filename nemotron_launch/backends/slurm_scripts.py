@@ -142,8 +142,12 @@ done
 
 
 def _squeue(which: str) -> str:
-    """All states, one line for each task of an array, the user's own jobs only (a smaller answer)."""
-    return f'squeue --noheader --array --states=all --user="$(id -un)" --Format={SQUEUE_FORMAT} {which}'
+    """All states, one line for each task of an array, the user's own jobs only (a smaller answer), padding cut off."""
+    return f"""\
+answer=$(squeue --noheader --array --states=all --user="$(id -un)" --Format={SQUEUE_FORMAT} {which})
+code=$?
+printf '%s\\n' "$answer" | sed 's/ *$//'
+(exit "$code")"""
 
 
 # What the folders of runs say, for `slurm_states.folders`. stdin: a folder a line.

@@ -24,8 +24,8 @@ UNSEEN = (
 
 # squeue --Format: fields with their widths; the comment last, which may hold anything.
 SQUEUE = (
-    ("JobArrayID", 30), ("State", 20), ("RestartCnt", 8), ("exit_code", 12), ("StartTime", 24), ("EndTime", 24),
-    ("SubmitTime", 24), ("Name", 160), ("Reason", 64), ("NodeList", 400), ("Comment", 1000),
+    ("JobArrayID", 24), ("State", 14), ("RestartCnt", 6), ("exit_code", 8), ("StartTime", 20), ("EndTime", 20),
+    ("SubmitTime", 20), ("Name", 128), ("Reason", 48), ("NodeList", 240), ("Comment", 400),
 )  # fmt: skip
 SQUEUE_FORMAT = ",".join(f"{name}:{width}" for name, width in SQUEUE)
 SACCT_FORMAT = "JobID,State,ExitCode,Start,End,Submit,NodeList,Reason,JobName,Comment"  # Restarts came with 23.11
@@ -192,6 +192,7 @@ def scontrol(text: str) -> list[Record]:
             continue
         pairs = re.findall(r"(?:^| )([A-Za-z/:]+)=(.*?)(?= [A-Za-z/:]+=|$)", line.strip())
         values = {key: value.strip() for key, value in reversed(pairs)}  # what a comment holds comes too late
+        comment = re.search(r" Comment=(.*?) +(?:StdErr|StdIn|StdOut|Power)=", line)
         job_id = values["JobId"].partition(" ")[0]
         if "ArrayJobId" in values and "ArrayTaskId" in values:
             job_id = f"{values['ArrayJobId']}_{values['ArrayTaskId']}"
@@ -211,7 +212,7 @@ def scontrol(text: str) -> list[Record]:
                 values.get("JobName", ""),
                 _none(values.get("Reason", "").partition(" ")[0]),
                 tuple(nodes(values.get("NodeList", ""))),
-                _none(values.get("Comment", "")),
+                _none(comment.group(1).strip() if comment else values.get("Comment", "")),
             )
             for each in job_ids(job_id if "[" in job_id or "_" not in job_id else _bracketed(job_id))
         ]
