@@ -95,6 +95,8 @@ class Ledger:
         """
         with self._writing():
             for run in runs:
+                if LAST in (run.run_id, run.sweep):
+                    raise UserError(f"no run can have the name {LAST}: it means the newest one", where="--run-id")
                 if self._exists(run.run_id) or (run.sweep and self._row(run.sweep)):
                     raise RunExists(f"there is a run {run.run_id} already", hint=f"nemotron jobs status {run.run_id}")
                 self._put(_INSERT, run)

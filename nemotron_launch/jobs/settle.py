@@ -60,8 +60,9 @@ def settle(ledger: Ledger, backends: Backends, warn: Warn) -> None:
         for rows in _by_submission(group):
             try:
                 with only_one(ledger, f"settle {whole(rows[0]).run_id}") as ours:
-                    if ours:
-                        _settle(ledger, backends.of(rows[0]), rows)
+                    still = [run for run in rows if ledger.get(run.run_id) == run]
+                    if ours and still:
+                        _settle(ledger, backends.of(still[0]), still)
             except Unreachable as error:
                 warn(f"{whole(rows[0]).run_id} may or may not have been submitted: {error.message}")
                 break

@@ -105,14 +105,7 @@ def look(ledger: Ledger, backend: Backend, runs: Sequence[Run]) -> list[Known]:
     for run in runs:
         one = seen.get(run.run_id)
         if one and one.wants_successor:
-            with only_one(ledger, f"successor {run.run_id}") as ours:
-                if ours:
-                    try:
-                        made = backend.submit_successor(run)
-                    except Refused as error:
-                        seen[run.run_id] = replace(one, state="stopped", reason=error.message)
-                    else:
-                        seen[run.run_id] = replace(one, job_id=made.job_id)
+            seen[run.run_id] = _succeeded(ledger, backend, run, one)
     changes = [(run, _changes(run, seen.get(run.run_id))) for run in runs]
     written = ledger.change_all([(run, values) for run, values in changes if values])
     new = {run.run_id: run for run in written if run}
@@ -121,6 +114,22 @@ def look(ledger: Ledger, backend: Backend, runs: Sequence[Run]) -> list[Known]:
         now = new.get(run.run_id) or (run if not values else ledger.get(run.run_id) or run)
         found.append(Known(now, seen.get(run.run_id)))
     return found
+
+
+def _succeeded(ledger: Ledger, backend: Backend, run: Run, seen: Seen) -> Seen:
+    """Submit the successor that a run wants, once, however many processes see it; what is to be noted of the run."""
+    with only_one(ledger, f"successor {run.run_id}") as ours:
+        now = ledger.get(run.run_id)
+        if not ours or now is None or (now.job_id, now.state) != (run.job_id, run.state):
+            return seen  # somebody else does it, or has done it
+        try:
+            made = backend.submit_successor(run)
+        except Refused as error:
+            return replace(seen, state="stopped", reason=error.message)
+        # Others may note meanwhile that it waits.
+        while now and now.job_id == run.job_id and not ledger.change(now, job_id=made.job_id, cluster=made.cluster):
+            now = ledger.get(run.run_id)
+        return replace(seen, job_id=made.job_id)
 
 
 def _changes(run: Run, seen: Seen | None) -> dict[str, Any]:
