@@ -46,7 +46,7 @@ class Bench:
     """A cluster, a profile for it, and the command with a ledger of its own."""
 
     def __init__(self, cluster: Cluster, sshd: Sshd, folder: Path) -> None:
-        self.cluster, self.folder = cluster, folder
+        self.cluster, self.sshd, self.folder = cluster, sshd, folder
         self.calls = folder / "calls"
         wrappers = folder / "bin"
         wrappers.mkdir()
@@ -141,28 +141,23 @@ def following(bench: Bench, seconds: float) -> dict[str, Any]:
 
 def ssh(bench: Bench, seconds: float) -> dict[str, Any]:
     """Milliseconds from a compiled job to its job id over SSH, in each way and by hand."""
-    sshd = Sshd(bench.folder / "sshd", env={"SLURM_CONF": str(bench.cluster.conf), "HOME": str(bench.folder)})
-    sshd.start()
-    try:
-        env = {key: value for key, value in bench.env.items() if key != "SLURM_CONF"} | sshd.environment
-        bench = copy(bench)
-        bench.env = env
-        by_hand = _ByHand(bench, sshd)
-        taken: dict[str, list[float]] = {}
-        for turn in range(1 + TURNS):
-            for name in ("by hand", "paramiko", "openssh", "whole command"):
-                signed_in = sshd.log.count("Accepted")
-                if name == "by hand":
-                    took = by_hand.submit() if turn else 0.0
-                else:
-                    took = _over_ssh(bench, sshd, name)
-                    by_hand.files = by_hand.files or sorted((bench.folder / "jobs").iterdir())[0]
-                    assert sshd.log.count("Accepted") == signed_in + 1, "not one connection"
-                if turn:  # the first one fills caches
-                    taken.setdefault(name, []).append(took)
-            bench.cluster.run("scancel", "--user=root", check=False)
-    finally:
-        sshd.stop()
+    sshd = bench.sshd
+    by_hand = _ByHand(bench, sshd)
+    bench = copy(bench)
+    bench.env = {key: value for key, value in bench.env.items() if key != "SLURM_CONF"}
+    taken: dict[str, list[float]] = {}
+    for turn in range(1 + TURNS):
+        for name in ("by hand", "paramiko", "openssh", "whole command"):
+            signed_in = sshd.log.count("Accepted")
+            if name == "by hand":
+                took = by_hand.submit() if turn else 0.0
+            else:
+                took = _over_ssh(bench, sshd, name)
+                by_hand.files = by_hand.files or sorted((bench.folder / "jobs").iterdir())[-1]
+                assert sshd.log.count("Accepted") == signed_in + 1, "not one connection"
+            if turn:  # the first one fills caches
+                taken.setdefault(name, []).append(took)
+        bench.cluster.run("scancel", "--user=root", check=False)
     found: dict[str, Any] = {name: {"ms": round(statistics.median(times) * 1000)} for name, times in taken.items()}
     for name in ("paramiko", "openssh", "whole command"):
         ratios = [ours / hand for ours, hand in zip(taken[name], taken["by hand"], strict=True)]
@@ -173,7 +168,7 @@ def ssh(bench: Bench, seconds: float) -> dict[str, Any]:
 
 def _over_ssh(bench: Bench, sshd: Sshd, name: str) -> float:
     """Seconds of one submission of ours, the whole command's or from the compiled job on."""
-    keys = json.loads((bench.folder / "site.yaml").read_text())
+    keys = json.loads((bench.folder / "here.yaml").read_text())
     client = "openssh" if name == "openssh" else "paramiko"
     (bench.folder / "ssh.yaml").write_text(json.dumps({**keys, "tunnel": {**sshd.tunnel, "client": client}}))
     words = ["dpo", "-c", "default", "-b", "./ssh.yaml", "--json", *SMALL]
@@ -254,7 +249,8 @@ def started() -> Iterator[Bench]:
     with tempfile.TemporaryDirectory(prefix="submit-") as name:
         folder = Path(name)
         cluster = Cluster(folder / "slurm")
-        sshd = Sshd(folder / "sshd", env={**cluster.env, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}"})
+        path = f"{folder / 'bin'}:{os.environ['PATH']}"
+        sshd = Sshd(folder / "sshd", env={"SLURM_CONF": str(cluster.conf), "HOME": name, "PATH": path})
         try:
             cluster.start()
             sshd.start()
