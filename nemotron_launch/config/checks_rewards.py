@@ -149,7 +149,8 @@ def _nemo_gym(data: dict[str, Any]) -> Iterator[Problem]:
             f"{train['dataset_name']} has no rows for NeMo Gym (responses_create_params, agent_ref)",
             "set data.train.dataset_name=NemoGymDataset and data.train.data_path",
         )
-    if gym["server"] is None:
+    placed = any("port" in server for block in gym.values() for _, server in _resource_servers(block))
+    if gym["server"] is None and not placed:
         yield Problem(
             "env.nemo_gym.server",
             "no servers to score with",
