@@ -67,7 +67,7 @@ def _loop(data: dict[str, Any], loop: str) -> Iterator[Problem]:
             "is 0, and so is dpo.sft_loss_weight: there is nothing to learn from",
             "set one of them, for example dpo.preference_loss_weight=1",
         )
-    if data["logger"].get("num_val_samples_to_print"):
+    if (data.get("logger") or {}).get("num_val_samples_to_print"):
         yield Problem(
             "logger.num_val_samples_to_print",
             "this step's validation prints no answers",
