@@ -33,9 +33,17 @@ def print_list(found: Sequence[Known]) -> None:
     for run in (one.run for one in found):
         began = run.submitted or run.created
         what = f"{run.step.rpartition('/')[2]} -c {run.config}"
-        cells = (run.run_id, run.state, _ago(began), _lasted(run), run.profile or "-", run.job_id or "-", what)
+        cells = (
+            run.run_id,
+            run.state,
+            _span(time.time() - began),
+            _lasted(run),
+            run.profile or "-",
+            run.job_id or "-",
+            what,
+        )
         rows.append(tuple(map(plain, cells)))
-    print_table(("RUN", "STATE", "SUBMITTED", "TOOK", "PROFILE", "JOB", "STEP"), rows)
+    print_table(("RUN", "STATE", "AGE", "TOOK", "PROFILE", "JOB", "STEP"), rows, whole=4)
 
 
 def print_run(known: Known, progress: Progress | None) -> None:

@@ -230,7 +230,7 @@ def shell(ctx: click.Context, name: str) -> None:
 
 
 @click.command()
-@click.option("--older-than", type=click.FloatRange(0), default=30, show_default=True, metavar="DAYS", help="By days.")
+@click.option("--older-than", type=click.FloatRange(0), default=30, metavar="DAYS", help="Days since they ended: 30.")
 @click.option("--state", "states", multiple=True, metavar="STATE", help="Only runs in this state; may be repeated.")
 @click.option("-y", "--yes", is_flag=True, help="Do it without asking.")
 @click.option("-d", "--dry-run", is_flag=True, help="Only show what would be removed.")

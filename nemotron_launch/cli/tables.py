@@ -90,13 +90,16 @@ def _count(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 
-def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, whole: int = 1) -> None:
+    """A table. whole: how many of the first columns a narrow terminal does not cut: they are there to be copied."""
     if sys.stdout.isatty():
         from rich.box import SIMPLE_HEAD
         from rich.console import Console
         from rich.table import Table
 
-        table = Table(*(name.lower() for name in head), box=SIMPLE_HEAD, pad_edge=False)
+        table = Table(box=SIMPLE_HEAD, pad_edge=False)
+        for column, name in enumerate(head):
+            table.add_column(name.lower(), no_wrap=column < whole)
         for row in rows:
             table.add_row(f"[bold]{row[0]}[/bold]", *(cell.replace(",", "\n") for cell in row[1:-1]), row[-1])
         Console().print(table)

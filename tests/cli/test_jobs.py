@@ -38,9 +38,9 @@ def test_runs_are_listed_newest_first_and_filtered(ledger: Ledger, nemotron: Nem
     ])  # fmt: skip
     lines = nemotron("jobs", "list").stdout.splitlines()
     assert [line.split() for line in lines] == [
-        ["RUN", "STATE", "SUBMITTED", "TOOK", "PROFILE", "JOB", "STEP"],
-        ["new", "failed", "2h1m", "ago", "-", "site", "-", "small", "-c", "tiny"],
-        ["old", "finished", "1d1h", "ago", "1m30s", "local", "17", "pairs", "-c", "tiny"],
+        ["RUN", "STATE", "AGE", "TOOK", "PROFILE", "JOB", "STEP"],
+        ["new", "failed", "2h1m", "-", "site", "-", "small", "-c", "tiny"],
+        ["old", "finished", "1d1h", "1m30s", "local", "17", "pairs", "-c", "tiny"],
     ]
     for options in (["--state", "failed"], ["--step", "small"], ["--profile", "site"], ["-n", "1"]):
         assert [run["run_id"] for run in json.loads(nemotron("jobs", "list", "--json", *options).stdout)] == ["new"]
