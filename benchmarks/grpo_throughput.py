@@ -1,6 +1,6 @@
 """GRPO: rollout tokens a second and step time, next to trl's GRPOTrainer with transformers' generation, in one run.
 
-    python benchmarks/grpo_throughput.py [--shapes small,medium] [--turns 5] [--json] [--smoke]
+    python benchmarks/grpo_throughput.py [--shapes small,medium] [--turns 5] [--cpu-time] [--json] [--smoke]
 
 Both sides start from the same weights and train on the same prompts with the same group size, longest answer, reward,
 dtype (fp32), threads and AdamW, one optimizer step for all rollouts of a step, each in its own process, in turns of a
@@ -9,6 +9,9 @@ neighbouring turns: their median, and their range. Ours is the whole step rl/nem
 it, trl's is GRPOTrainer.train with its defaults but for gradient checkpointing and bf16, which are off, and the order
 of rows, which is the file's. Neither has a reference policy (trl's default; here `loss_fn.reference_policy_kl_penalty`
 is 0). Ours also computes the trainer's log-probabilities of every rollout, which trl leaves out in this case.
+
+--cpu-time counts each process's processor seconds instead of the wall clock's, on one thread: for a machine on which
+others work.
 
 Rollouts: sampled tokens over the seconds inside `Generator.generate`, and inside transformers' `generate`. The model's
 weights are random, so an answer ends early once in as many tokens as the vocabulary has; only sampled tokens count.
@@ -74,16 +77,16 @@ SHAPES = {
 # The parent: starts the workers, gives them turns ---------------------------------------------------------------
 
 
-def compare(name: str, turns: int, threads: int) -> dict[str, Any]:
+def compare(name: str, turns: int, threads: int, clock: str) -> dict[str, Any]:
     """Run both sides in turns; the first turn of each warms up and is not counted."""
     shape = SHAPES[name]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_prompts(folder / "prompts.jsonl", shape)
-        maker = Worker("model", folder, name, "", turns, threads, script=__file__)
+        maker = Worker("model", folder, name, clock, turns, threads, script=__file__)
         maker.turn()
         maker.close()
-        sides = [Worker(side, folder, name, "", turns + 1, threads, script=__file__) for side in ("ours", "trl")]
+        sides = [Worker(side, folder, name, clock, turns + 1, threads, script=__file__) for side in ("ours", "trl")]
         try:
             rounds = [{side.name: side.turn() for side in sides} for _ in range(turns + 1)]
         finally:
@@ -134,8 +137,9 @@ def write_prompts(path: Path, shape: Shape) -> None:
 class Turns:
     """Cuts a training into turns of some steps; collects what happens in them."""
 
-    def __init__(self, steps: int) -> None:
+    def __init__(self, steps: int, clock: Callable[[], float]) -> None:
         self.steps = steps
+        self.clock = clock
         self.done = 0
         self.generating = self.tokens = self.reward = 0.0
 
@@ -143,14 +147,14 @@ class Turns:
         if not wait_for_turn():
             sys.exit()
         self.generating = self.tokens = self.reward = 0.0
-        self.began = time.perf_counter()
+        self.began = self.clock()
 
     def step_done(self) -> None:
         self.done += 1
         if self.done % self.steps:
             return
         answer(
-            seconds=time.perf_counter() - self.began,
+            seconds=self.clock() - self.began,
             generating=self.generating,
             tokens=self.tokens,
             reward=self.reward / self.steps,
@@ -159,15 +163,15 @@ class Turns:
 
     def timed(self, generate: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            began = time.perf_counter()
+            began = self.clock()
             done = generate(*args, **kwargs)
-            self.generating += time.perf_counter() - began
+            self.generating += self.clock() - began
             return done
 
         return call
 
 
-def ours(folder: Path, shape: Shape, turns: int) -> None:
+def ours(folder: Path, shape: Shape, turns: int, clock: Callable[[], float]) -> None:
     """The step rl/nemo_rl/rlvr, its config composed from the step's own tiny one."""
     import torch
 
@@ -213,7 +217,7 @@ def ours(folder: Path, shape: Shape, turns: int) -> None:
     composed = compose_for(step, find_config(step, "tiny"), [f"++{key}={value}" for key, value in changes.items()])
     output.mkdir(parents=True)
     (output / "composed.yaml").write_text(config_text(composed))
-    cut, train, generate = Turns(shape.steps), grpo.train, MegatronGenerator.generate
+    cut, train, generate = Turns(shape.steps, clock), grpo.train, MegatronGenerator.generate
 
     def counted(self: MegatronGenerator, *args: Any, **kwargs: Any) -> Any:
         groups = cut.timed(generate)(self, *args, **kwargs)
@@ -238,7 +242,7 @@ def ours(folder: Path, shape: Shape, turns: int) -> None:
         raise SystemExit(code)
 
 
-def trl(folder: Path, shape: Shape, turns: int) -> None:
+def trl(folder: Path, shape: Shape, turns: int, clock: Callable[[], float]) -> None:
     """trl's GRPOTrainer."""
     import re
 
@@ -252,7 +256,7 @@ def trl(folder: Path, shape: Shape, turns: int) -> None:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     disable_progress_bars()
     rows = [{"prompt": json.loads(line)["prompt"]} for line in (folder / "prompts.jsonl").read_text().splitlines()]
-    cut = Turns(shape.steps)
+    cut = Turns(shape.steps, clock)
 
     def reward(completions: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
         values = [float(bool(re.search(PATTERN, text))) for text in completions]
@@ -322,22 +326,24 @@ def lines(result: dict[str, Any]) -> Iterator[str]:
 
 def main() -> None:
     if sys.argv[1:2] == ["--worker"]:
-        side, folder, name, _, turns = sys.argv[2:]
+        side, folder, name, clock, turns = sys.argv[2:]
         if side == "model":
             return make_model(Path(folder), SHAPES[name])  # type: ignore[arg-type]
-        return {"ours": ours, "trl": trl}[side](Path(folder), SHAPES[name], int(turns))
+        return {"ours": ours, "trl": trl}[side](Path(folder), SHAPES[name], int(turns), getattr(time, clock))
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--shapes", default="small,medium", help="of: " + ", ".join(SHAPES))
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--cpu-time", action="store_true", help="processor seconds, on one thread")
     parser.add_argument("--json", action="store_true", help="all measured values")
     parser.add_argument("--smoke", action="store_true", help="a tiny shape and one turn: does it run")
     given = parser.parse_args()
     if given.smoke:
         given.shapes, given.turns = "smoke", 1
+    threads, clock = (1, "process_time") if given.cpu_time else (given.threads, "perf_counter")
     results = []
     for name in given.shapes.split(","):
-        results.append(compare(name, given.turns, given.threads))
+        results.append(compare(name, given.turns, threads, clock))
         if not given.json:
             print("\n".join(lines(results[-1])), flush=True)
     if given.json:
