@@ -12,49 +12,23 @@ from nemotron_launch import image_jobs
 from nemotron_launch.backends import slurm_scripts as scripts
 from nemotron_launch.backends.live import POINTS, LogSource, Refused, Seen, Submission
 from nemotron_launch.backends.slurm import IMPORT, MAIN, SECRETS, SHELL
-from nemotron_launch.backends.slurm_states import (
-    FALLEN,
+from nemotron_launch.backends.slurm_errors import is_lost, no_answer, refused, said
+from nemotron_launch.backends.slurm_output import (
     Folder,
     Record,
     folders,
-    judge,
     newest,
     restarts_before,
     sacct,
     scontrol,
     squeue,
 )
+from nemotron_launch.backends.slurm_states import FALLEN, judge
 from nemotron_launch.errors import UserError
 from nemotron_launch.frozen import replace
 from nemotron_launch.hosts import Host, Result, Unreachable, Upload, open_host
 from nemotron_launch.jobs.run import Run
 
-# What sbatch, squeue and scancel say when the controller did not answer: the request may have been taken or not.
-_LOST = re.compile(
-    r"Socket timed out|Unable to contact|Zero Bytes were transmitted|[Cc]onnection (refused|failure|reset)"
-    r"|Communication connection|Transport endpoint|standby mode|Slurmctld.*not responding|Unexpected message received"
-    r"|Insane message length|Header lengths are longer|Connection timed out|Protocol authentication error"
-    r"|Invalid authentication credential|Unspecified error|Resource temporarily unavailable|Broken pipe"
-)
-# Slurm's reason to refuse → what to change.
-_KEYS = {
-    r"[Ii]nvalid partition|partition not available|not permitted to use this partition": "partition",
-    r"Invalid account": "account, or the account's rights on the partition",
-    r"Invalid qos": "qos",
-    r"node configuration is not available|More processors|[Nn]ode count specification": (
-        "nodes, gpus_per_node, cpus_per_task, mem or constraint"
-    ),
-    r"[Tt]ime limit|[Dd]eadline": "time",
-    r"accounting/QOS policy|QOS.*[Ll]imit|AssocMax|AssocGrp": "qos, time, nodes, or how many runs wait already",
-    r"reservation": "reservation",
-    r"[Ff]eature": "constraint",
-    r"[Ii]nvalid node name": "nodelist or exclude",
-    r"generic resource|gres|GRES|gpu": "gpus_per_node or gpu_directive",
-    r"[Mm]emory": "mem",
-    r"[Dd]ependency": "--after",
-    r"licenses?": "sbatch_args",
-    r"[Uu]nrecognized option|[Ii]nvalid option|[Ii]nvalid.*specification": "sbatch_args",
-}
 _ANSWER = re.compile(r"^\s*(\d+)(?:;(\S+))?\s*$", re.MULTILINE)
 
 
@@ -73,6 +47,12 @@ class SlurmClient:
         self._formats = True  # whether squeue knows our fields
 
     # Submission.
+
+    def check(self, run: Run, files: Sequence[Upload]) -> tuple[str, ...]:
+        """See Backend."""
+        if self.host.name:
+            self.host.run(":")
+        return ()
 
     def submit(self, run: Run, files: Sequence[Upload], *, after: Sequence[Run] = ()) -> Submission:
         """See Backend."""
@@ -94,7 +74,7 @@ class SlurmClient:
         before = folder.holder or run.job_id
         if folder.heir:
             return Submission(folder.heir, run.cluster)
-        restarts = folder.successor[2] if folder.wants_heir and folder.successor else run.attempt + 1
+        restarts = folder.successor[2] if folder.wants_heir and folder.successor else self._used(run, before) + 1
         if folder.cancelled or restarts > run.max_restarts:
             why = "was cancelled" if folder.cancelled else f"has had its {run.max_restarts} restarts"
             raise Refused(f"{run.run_id} {why}", exit_code=1)
@@ -108,6 +88,11 @@ class SlurmClient:
         env = {"NEMOTRON_SUCCEEDS": before, "NEMOTRON_RESTARTS": str(restarts)}
         why = (folder.successor[3] if folder.successor else "") or "taken away"
         return self._submit(run, options, env, mark=mark, notes=scripts.heir(before, run.point, restarts, why))
+
+    def _used(self, run: Run, job_id: str) -> int:
+        """How often a run had been restarted when this job of its began its last attempt."""
+        record = self._records({"": (job_id, run.cluster)}).get("")
+        return restarts_before(record.comment) + (record.restarts or 0) if record else run.attempt
 
     def _after(self, run: Run, after: Sequence[Run]) -> list[str]:
         """The jobs that a run waits for. Slurm takes one that it has forgotten for ended well."""
@@ -134,8 +119,8 @@ class SlurmClient:
         done = self.host.run(script, timeout=max(60.0, self._patience))
         if done.code == scripts.NO_SLURM:
             raise self._no_slurm("sbatch")
-        if done.code and _is_lost(done):
-            raise _no_answer("sbatch", done)
+        if done.code and is_lost(done):
+            raise no_answer("sbatch", done)
         try:
             return image_jobs.ensured(done)
         except UserError as error:
@@ -170,10 +155,10 @@ class SlurmClient:
                     return self._submitted(run, *answer[-1])
                 if done.code == scripts.NO_SLURM:
                     raise self._no_slurm("sbatch")
-                if done.code and done.code != scripts.BUSY and not _is_lost(done):
+                if done.code and done.code != scripts.BUSY and not is_lost(done):
                     self.host.run(f"rm -f {scripts.sh(posixpath.join(run.run_dir, SECRETS))}")
-                    raise self._too_many(done) or _refused(run, done)
-                lost = _no_answer("sbatch", done)
+                    raise self._too_many(done) or refused(run, done)
+                lost = no_answer("sbatch", done)
             found = self._await(run, mark, end, lost)
             if found:
                 return found
@@ -268,7 +253,7 @@ class SlurmClient:
         if code == str(scripts.NO_SLURM):
             raise self._no_slurm("squeue")
         if code != "0" and "Invalid job id" not in done.stderr:
-            raise _no_answer("squeue", done)
+            raise no_answer("squeue", done)
         return None, busy
 
     # Following.
@@ -288,8 +273,8 @@ class SlurmClient:
             now = place.heir or place.holder
             if now and now not in place.past and now not in (run.job_id, record.job_id if record else ""):
                 moved[run.run_id] = (now, run.cluster)
-        for run_id, record in self._records(moved).items():
-            records[run_id] = record
+        now_there = self._records(moved)
+        records = {run_id: record for run_id, record in records.items() if run_id not in moved} | now_there
         unknown = {
             run.run_id: moved.get(run.run_id, (run.job_id, run.cluster)) for run in ended if run.run_id not in records
         }
@@ -299,8 +284,10 @@ class SlurmClient:
             record, place = records.get(run.run_id), places.get(run.state_dir, Folder())
             if record and restarts_before(record.comment) and record.restarts is None:
                 record = replace(record, restarts=0)
-            used = restarts_before(record.comment) + (record.restarts or 0) if record else run.attempt
-            seen = judge(record, place, restarts_left=used < run.max_restarts)
+            next_restart = 1 + (restarts_before(record.comment) + (record.restarts or 0) if record else run.attempt)
+            if place.wants_heir and place.successor:
+                next_restart = place.successor[2]
+            seen = judge(record, place, restarts_left=next_restart <= run.max_restarts)
             if seen:
                 moved_to = moved.get(run.run_id, ("",))[0]
                 found[run.run_id] = replace(seen, job_id=moved_to) if moved_to else seen
@@ -368,9 +355,9 @@ class SlurmClient:
         if done.code == scripts.NO_SLURM:
             raise self._no_slurm(command)
         if done.code and not re.search(r"Invalid job id|Invalid job format|already complet", done.stderr):
-            if _is_lost(done):
-                raise _no_answer(command, done)
-            raise UserError(f"{command}: {_said(done)}", where=self.host.name or None, exit_code=1)
+            if is_lost(done):
+                raise no_answer(command, done)
+            raise UserError(f"{command}: {said(done)}", where=self.host.name or None, exit_code=1)
         return done
 
     # Ending.
@@ -454,34 +441,6 @@ def _whole(job_id: str, by_id: Mapping[str, Record]) -> Record | None:
     if "_" in job_id:
         return None
     return newest(record for each, record in by_id.items() if each.partition("_")[0] == job_id)
-
-
-def _is_lost(done: Result) -> bool:
-    return 128 < done.code < 165 or done.code == 124 or bool(_LOST.search(done.stderr))
-
-
-def _said(done: Result) -> str:
-    """What a command of Slurm complained of, without its own name."""
-    lines = [re.sub(r"^\w+: (error: |fatal: )?", "", line).strip() for line in done.stderr.splitlines()]
-    return next((line for line in reversed(lines) if line and not line.startswith("Try ")), f"exit code {done.code}")
-
-
-def _no_answer(command: str, done: Result) -> Unreachable:
-    said = _said(done) if done.stderr.strip() else f"{command} ended with {done.code}"
-    hint = "what was asked for may have happened; the next command finds out"
-    return Unreachable(f"Slurm's controller did not answer: {said}", hint=hint, exit_code=1)
-
-
-def _refused(run: Run, done: Result) -> Refused:
-    said = re.sub(r"^Batch job submission failed: ", "", _said(done))
-    lines = dict.fromkeys(re.sub(r"^sbatch: (error: )?", "", line).strip() for line in done.stderr.splitlines())
-    more = [line for line in lines if line and said not in line and not line.startswith("Try ")]
-    text = "\n".join([*more, said])
-    key = next((key for pattern, key in _KEYS.items() if re.search(pattern, said)), "")
-    key = key or next((key for pattern, key in _KEYS.items() if re.search(pattern, text)), "")
-    hint = [*more, f"the profile's {key}" if key and not key.startswith("--") else ""]
-    hint.append(f"nothing was submitted; the files are in {run.run_dir}")
-    return Refused(f"Slurm refuses the job: {said}", where=key or None, hint="\n".join(filter(None, hint)), exit_code=1)
 
 
 def _natural(name: str) -> list[Any]:

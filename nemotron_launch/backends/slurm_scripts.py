@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from nemotron_launch.backends.slurm_states import SACCT_FORMAT, SQUEUE_FORMAT
+from nemotron_launch.backends.slurm_output import SACCT_FORMAT, SQUEUE_FORMAT
 from nemotron_launch.quoting import sh, sh_words
 
 BUSY = 75  # exit code: an sbatch for this folder is still under way
@@ -150,7 +150,7 @@ printf '%s\\n' "$answer" | sed 's/ *$//'
 (exit "$code")"""
 
 
-# What the folders of runs say, for `slurm_states.folders`. stdin: a folder a line.
+# What the folders of runs say, for `slurm_output.folders`. stdin: a folder a line.
 FOLDERS = """\
 first() { [ -f "$2" ] && printf '%s %s\\n' "$1" "$(head -n 1 "$2" 2> /dev/null)"; }
 now=$(date +%s)

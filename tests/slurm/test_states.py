@@ -9,13 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nemotron_launch.backends.slurm_states import (
+from nemotron_launch.backends.slurm_output import (
     SQUEUE,
     Folder,
     Record,
     folders,
     job_ids,
-    judge,
     newest,
     nodes,
     restarts_before,
@@ -23,6 +22,7 @@ from nemotron_launch.backends.slurm_states import (
     scontrol,
     squeue,
 )
+from nemotron_launch.backends.slurm_states import judge
 from nemotron_launch.jobs.run import LIVE, OVER
 
 RECORDED = Path(__file__).parent / "recorded"
