@@ -26,14 +26,20 @@ for part in range(25):
     sys.stdout.flush()
     time.sleep(0.1)
 """
+TWICE = """
+import os, sys, time
+attempt = int(os.environ["NEMOTRON_LOG_DIR"][-1])
+for n in range(300):
+    print(attempt, n, flush=True)
+time.sleep(0 if attempt else 60)
+"""
 
 
 @pytest.mark.slow
 def test_100000_lines_of_4_nodes_are_streamed_whole_and_in_order_through_cut_connections(
     client: Client, login: Sshd
 ) -> None:
-    talks = add_step(client.tree, "sft/talks", consumes=[])
-    (talks / "train.py").write_text(TALKS)
+    (add_step(client.tree, "sft/talks", consumes=[]) / "train.py").write_text(TALKS)
     child = client.start("steps", "run", "sft/talks", "-r", "site.yaml", "cluster.num_nodes=4")
     assert child.stdout
     lines: dict[str, list[int]] = {str(node): [] for node in range(4)}
@@ -99,3 +105,17 @@ def test_the_job_s_exit_code_is_the_command_s_and_a_refusal_names_the_key(client
     assert child.returncode == 1 and b"partition" in errors and b"nemotron jobs resubmit wrong" in errors
     seen = client.status("wrong")
     assert (seen["state"], seen["job_id"]) == ("refused", "")
+
+
+@pytest.mark.slow
+def test_a_requeue_is_followed_without_a_gap_or_a_line_twice(client: Client, cluster: Cluster) -> None:
+    (add_step(client.tree, "sft/talks", consumes=[]) / "train.py").write_text(TWICE)
+    child = client.start("steps", "run", "sft/talks", "-r", "site.yaml", "++run.max_restarts=1", "--run-id", "twice")
+    first = client.folder / "cluster/twice/logs/attempt-0/node-0.log"
+    cluster.until(lambda: first.exists() and "0 299\n" in first.read_text(), "the first attempt's lines")
+    cluster.run("scontrol", "requeue", client.status("twice")["job_id"])
+    out, errors = child.communicate(timeout=120)
+    assert child.returncode == 0, errors.decode()
+    lines = [line for line in out.decode().splitlines() if re.fullmatch(r"\d \d+", line)]  # not what Slurm says between
+    assert lines == [f"{attempt} {n}" for attempt in (0, 1) for n in range(300)]
+    assert b"restarted 1 time" in errors
