@@ -5,10 +5,12 @@ Where the kernel allows no namespaces, nothing is run unless the config says tha
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import selectors
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -133,9 +135,9 @@ def _run(spec: Mapping[str, Any], limits: Limits, stop: threading.Event) -> list
         try:
             finished = _follow(process, limits, len(spec["runs"]), stop)
         except BaseException:
-            _end(process)
+            _end(process, limits)
             raise
-        _end(process)
+        _end(process, limits)
         if finished is None:
             stderr.seek(0)
             said = stderr.read().decode(errors="replace").strip().splitlines()
@@ -194,18 +196,26 @@ def _excess(pid: int, limits: Limits) -> str:
     return "memory" if pages * _PAGE > (limits.memory_mib + 64) * 2**20 else ""
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End the jail; its namespace, and all that runs in there, ends with it."""
+def _end(process: subprocess.Popen[bytes], limits: Limits) -> None:
+    """End the jail, and all that runs in there."""
     if process.stdout is not None:
         process.stdout.close()
     below = jail.descendants(process.pid) if process.poll() is None else []
+    if limits.isolated and below:
+        # The namespace ends with its first process, for which the jail waits: nothing is left for anybody to wait for.
+        _kill(below[0])
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(10)
     process.kill()
     process.wait()
-    for pid in below:  # without a namespace nobody else ends them; their parent was alive a moment ago
-        try:
-            os.kill(pid, 9)
-        except (ProcessLookupError, PermissionError):
-            continue
+    if not limits.isolated:
+        for pid in below:  # nobody else ends them
+            _kill(pid)
+
+
+def _kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.kill(pid, signal.SIGKILL)
 
 
 def _shown() -> list[str]:
