@@ -11,7 +11,7 @@ from typing import Any
 from nemotron_launch import image_jobs
 from nemotron_launch.backends import slurm_scripts as scripts
 from nemotron_launch.backends.live import POINTS, LogSource, Refused, Seen, Submission
-from nemotron_launch.backends.slurm import IMPORT, MAIN, SECRETS, SHELL
+from nemotron_launch.backends.slurm import MAIN, SECRETS, SHELL
 from nemotron_launch.backends.slurm_errors import is_lost, no_answer, refused, said
 from nemotron_launch.backends.slurm_output import (
     Folder,
@@ -59,7 +59,7 @@ class SlurmClient:
         waits_for = self._after(run, after)
         self.host.put(run.run_dir, files)
         image = self._image(run, files)
-        waits_for += [image.job_id] if image.job_id else []
+        waits_for += image.job_ids
         options = [f"--dependency=afterok:{':'.join(waits_for)}", "--kill-on-invalid-dep=yes"] if waits_for else []
         if run.point is not None:
             options.append(f"--array={run.point}")
@@ -111,7 +111,7 @@ class SlurmClient:
 
     def _image(self, run: Run, files: Sequence[Upload]) -> image_jobs.Ensured:
         """The import of the run's image, where it has one that is not there yet."""
-        if not any(file.path == IMPORT for file in files):
+        if not any(file.path.startswith("import_") for file in files):
             return image_jobs.Ensured()
         # Anew for the first submission only: whoever submits the run again wants it to go on.
         force = bool(run.options.get("force_squash")) and run.submitted is None
@@ -298,9 +298,9 @@ class SlurmClient:
         fallen = [run for run in runs if found[run.run_id].reason == FALLEN]
         why: dict[str, str] = {}
         for folder in dict.fromkeys(run.run_dir for run in fallen):
-            note = self.host.read({posixpath.join(folder, image_jobs.NOTE): 0}).values()
-            log = "".join(data.decode(errors="replace").strip().partition(" ")[2] for data in note)
-            said = self.host.read({log: 0}).values() if log else ()
+            note = b"".join(self.host.read({posixpath.join(folder, image_jobs.NOTE): 0}).values()).decode()
+            logs = {line.partition(" ")[2]: 0 for line in note.splitlines()}
+            said = self.host.read(logs).values()
             why[folder] = image_jobs.failure("".join(data.decode(errors="replace") for data in said))
         return {
             run.run_id: replace(found[run.run_id], state="failed", exit_code=1, reason=f"its image: {why[run.run_dir]}")
@@ -396,7 +396,7 @@ class SlurmClient:
         """See Backend."""
         done = self.host.run(scripts.logs(run.state_dir, run.run_dir, run.point))
         found = []
-        for path in done.stdout.splitlines():
+        for path in filter(None, done.stdout.split("\n")):
             attempt = re.search(r"/logs/attempt-(\d+)/([^/]+)\.log$", path)
             source = (int(attempt.group(1)), attempt.group(2)) if attempt else (0, "job")
             found.append(LogSource(*source, path))

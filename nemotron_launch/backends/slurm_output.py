@@ -121,7 +121,7 @@ class Folder:
 def squeue(text: str) -> list[Record]:
     """The lines of `squeue --noheader --array --Format=<SQUEUE_FORMAT>` with SLURM_TIME_FORMAT=%s."""
     records = []
-    for line in text.splitlines():
+    for line in text.split("\n"):
         # Slurm counts bytes; what is beyond ASCII is in the last field only.
         raw, values = line.encode("utf-8", "surrogateescape"), {}
         for name, width in SQUEUE:
@@ -154,7 +154,7 @@ def squeue(text: str) -> list[Record]:
 def scontrol(text: str) -> list[Record]:
     """The lines of `scontrol show job --oneliner`."""
     records = []
-    for line in text.splitlines():
+    for line in text.split("\n"):
         if not line.lstrip().startswith("JobId="):
             continue
         pairs = re.findall(r"(?:^| )([A-Za-z/:]+)=(.*?)(?= [A-Za-z/:]+=|$)", line.strip())
@@ -188,7 +188,7 @@ def scontrol(text: str) -> list[Record]:
 
 def sacct(text: str) -> list[Record]:
     """The lines of `sacct --allocations --parsable2` with its header, which names the columns that this one has."""
-    rows = [line.split("|") for line in text.splitlines() if "|" in line]
+    rows = [line.split("|") for line in text.split("\n") if "|" in line]
     heads = next((n for n, row in enumerate(rows) if row[0] == "JobID"), None)
     if heads is None:
         return []
@@ -225,7 +225,7 @@ def folders(text: str) -> dict[str, Folder]:
     """What FOLDERS in slurm_scripts prints: for each folder `@@<path>`, then a line for each thing in it."""
     found: dict[str, Folder] = {}
     for part in re.split(r"^@@", text, flags=re.MULTILINE)[1:]:
-        path, *lines = part.splitlines()
+        path, *lines = part.split("\n")
         claims: dict[str, str] = {}
         values: dict[str, str] = {}
         past: list[str] = []

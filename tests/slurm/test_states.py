@@ -111,9 +111,7 @@ def test_a_comment_of_any_text_moves_no_other_field() -> None:
     row = "".join(f"{value:<{width}}" for value, (_, width) in zip(
         ("7_3", "RUNNING", "1", "0", "100", "200", "50", "name", "None", "n1"), SQUEUE, strict=False))  # fmt: skip
 
-    @given(
-        st.text(st.characters(exclude_characters="\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029", exclude_categories=["Cs"]))
-    )
+    @given(st.text(st.characters(exclude_characters="\n", exclude_categories=["Cs"])))
     def holds(comment: str) -> None:
         (record,) = squeue(row + comment)
         assert (record.job_id, record.state, record.restarts, record.nodes) == ("7_3", "RUNNING", 1, ("n1",))

@@ -104,6 +104,20 @@ def test_with_time_left_the_run_saves_and_requeues_itself(site: Site) -> None:
     assert begins(site, run) == ["0", "1"] and list(Path(run.run_dir).glob("saved-0-0"))
 
 
+def test_a_site_that_sends_the_chosen_signal_on_preemption_is_understood(site: Site) -> None:
+    conf, before = site.cluster.conf, site.cluster.conf.read_text()
+    conf.write_text(before + "SlurmctldParameters=preempt_send_user_signal\n")  # PreemptParameters in later versions
+    try:
+        site.cluster.run("scontrol", "reconfigure")
+        run = preempted(site, "patient", max_restarts=2, options={"requeue": False})
+        seen = site.until(run, lambda seen: seen.job_id != run.job_id)
+    finally:
+        conf.write_text(before)
+        site.cluster.run("scontrol", "reconfigure")
+    assert "got USR1" in site.logs(run) and list(Path(run.run_dir).glob("saved-0-0"))
+    assert site.end(replace(run, job_id=seen.job_id)).state == "finished" and begins(site, run) == ["0", "1"]
+
+
 def test_a_site_that_requeues_is_left_to_it(site: Site) -> None:
     run = preempted(site, "again", max_restarts=2)
     seen = site.end(run)
@@ -138,6 +152,7 @@ def test_a_node_that_dies_without_a_word_is_succeeded_by_the_client(site: Site) 
     assert begins(site, run) == ["0", "1"]
 
 
+@pytest.mark.slow
 def test_a_run_out_of_time_goes_on_without_having_saved(site: Site) -> None:
     deaf = "for number in (signal.SIGUSR1, signal.SIGTERM): signal.signal(number, signal.SIG_IGN)\n"
     run = site.run(deaf + TRAINS, max_restarts=1, config=CONFIG)
