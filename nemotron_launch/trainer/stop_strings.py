@@ -26,11 +26,10 @@ class StopStrings:
         # As many tokens as may hold a stop string: a token stands for a byte or more, and special tokens for many.
         # Some more, because a decoder may treat the first token of a text in its own way.
         self.window = max(len(text.encode()) for text in texts) + 8
-        last = {text[-1] for text in texts}
-        may_end = [
-            _FRAGMENT in (text := tokenizer.decode([token, token])) or any(character in text for character in last)
-            for token in range(tokenizer.vocab_size)
-        ]
+        last = {_FRAGMENT, *(text[-1] for text in texts)}
+        # Twice, since a decoder may drop the space that the first token of a text begins with.
+        spelled = tokenizer.decode_batch([[token, token] for token in range(tokenizer.vocab_size)])
+        may_end = [not last.isdisjoint(text) for text in spelled]
         self.may_end_V = torch.tensor(may_end, device=device)
 
     def ended(self, written_RN: Tensor, rows_N: Tensor, next_N: Tensor, running_N: Tensor) -> Tensor:
@@ -40,8 +39,7 @@ class StopStrings:
         ended_N = self.may_end_V[next_N.where(known_N, torch.zeros_like(next_N))] & known_N & running_N
         places = ended_N.nonzero().squeeze(1)
         if len(places):
-            ends = written_RN[-self.window :, rows_N[places]].T.tolist()
-            texts = [self.tokenizer.decode(end) for end in ends]
+            texts = self.tokenizer.decode_batch(written_RN[-self.window :, rows_N[places]].T.tolist())
             found = [any(stop in text for stop in self.texts) for text in texts]
             ended_N[places] = torch.tensor(found, device=ended_N.device)
         return ended_N

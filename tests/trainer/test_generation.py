@@ -141,6 +141,16 @@ def test_recorded_log_probabilities_are_those_of_scoring(policy, temperature):
         np.testing.assert_allclose(done.logps, scored(policy, prompt, done.ids), atol=1e-4)
 
 
+def test_long_answers_that_leave_one_by_one_are_scored_alike(policy):
+    """The cache grows twice, and shrinks whenever enough have ended; prompts that nobody continues leave too."""
+    options = {"max_new_tokens": 100, "stop_ids": [3, 7, 50, 120, 200], "samples": 6, "seed": 2}
+    done = generate(policy, PROMPTS, **options)
+    lengths = sorted(len(one.ids) for one in done)
+    assert lengths[0] < 20 and lengths[-1] == 100 and len(set(lengths)) > 15
+    for place, one in enumerate(done):
+        np.testing.assert_allclose(one.logps, scored(policy, PROMPTS[place // 6], one.ids), atol=1e-4)
+
+
 def test_recorded_log_probabilities_are_of_the_temperature(policy, model):
     """Of log softmax(logits / 0.6), with transformers' logits."""
     prompt = PROMPTS[1]

@@ -43,6 +43,13 @@ def test_batches_encode_as_single_texts_do(chat_tokenizer: Tokenizer, texts: lis
     assert [ids.tolist() for ids in chat_tokenizer.encode_batch(texts)] == [chat_tokenizer.encode(t) for t in texts]
 
 
+@pytest.mark.parametrize("which", ["byte_tokenizer", "chat_tokenizer", "raw_tokenizer"])
+def test_batches_decode_as_single_texts_do(which: str, request: pytest.FixtureRequest) -> None:
+    tokenizer = request.getfixturevalue(which)
+    rows = [[], *([i, i] for i in range(tokenizer.vocab_size)), list(range(tokenizer.vocab_size))]
+    assert tokenizer.decode_batch(rows) == [tokenizer.decode(row) for row in rows]
+
+
 def test_special_tokens_can_be_left_out_of_text(byte_tokenizer: Tokenizer) -> None:
     assert byte_tokenizer.decode([52, 258], skip_special_tokens=True) == "4"
     assert byte_tokenizer.decode([52, 258]) == "4<eos>"

@@ -103,6 +103,8 @@ class Weights:
         """RMSNorm over the last dimension."""
         if x.device.type == "cpu":
             return (x * rms_scale(x, self.eps)).mul_(weight)
+        if weight.dim() == 1:
+            return F.rms_norm(x, x.shape[-1:], weight, self.eps)
         return F.rms_norm(x, x.shape[-1:], None, self.eps) * weight
 
     def summed(self, part: Tensor) -> Tensor:
