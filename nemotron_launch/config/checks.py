@@ -67,6 +67,12 @@ def _loop(data: dict[str, Any], loop: str) -> Iterator[Problem]:
             "is 0, and so is dpo.sft_loss_weight: there is nothing to learn from",
             "set one of them, for example dpo.preference_loss_weight=1",
         )
+    if (data["policy"].get("dynamic_batching") or {}).get("enabled"):
+        yield Problem(
+            "policy.dynamic_batching.enabled",
+            "this step's batches are not cut by token counts",
+            "set it to false; policy.train_micro_batch_size says how many samples are computed at once",
+        )
     if (data.get("logger") or {}).get("num_val_samples_to_print"):
         yield Problem(
             "logger.num_val_samples_to_print",

@@ -53,19 +53,28 @@ def own_share(places: np.ndarray, layout: Layout) -> np.ndarray:
 
 
 def micro_batches(
-    rollouts: Rollouts, places: np.ndarray, size: int, packing: Packing, device: torch.device
+    rollouts: Rollouts,
+    places: np.ndarray,
+    size: int,
+    packing: Packing,
+    device: torch.device,
+    *,
+    tokens: int | None = None,
 ) -> list[MicroBatch]:
     """Micro-batches of `size` rollouts (the last one may have fewer) of `places`, which keep prompts together.
 
     A prompt is computed once for as many of its answers as lie together and fit. Answers of similar length share a
-    micro-batch, the longest come first: what memory is needed shows at once, and little of it is padding.
+    micro-batch, the longest come first: what memory is needed shows at once, and little of it is padding. tokens: take
+    as many rollouts as make at most so many tokens, padding and all, instead of `size`; one at least.
     """
-    together = math.gcd(size, packing.samples, len(places))
+    together = math.gcd(packing.samples, len(places)) if tokens else math.gcd(size, packing.samples, len(places))
+    while tokens and together > 1 and max(_tokens(rollouts, row) for row in places.reshape(-1, together)) > tokens:
+        together = max(part for part in range(1, together) if together % part == 0)
     groups = sorted(places.reshape(-1, together), key=lambda group: -_tokens(rollouts, group))
-    per_batch = max(size // together, 1)
     made = []
-    for start in range(0, len(groups), per_batch):
-        chosen = groups[start : start + per_batch]
+    while groups:
+        count = max((tokens // _tokens(rollouts, groups[0])) if tokens else size // together, 1)
+        chosen, groups = groups[:count], groups[count:]
         batch = collate(
             [_group(rollouts, group) for group in chosen],
             pad_id=packing.pad_id,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +34,8 @@ class Settings:
     micro_batch: int
     logprob_batch: int
     packing: Packing
+    micro_tokens: int | None = None  # with dynamic batching: tokens of a micro-batch, in place of rollouts
+    logprob_tokens: int | None = None
     invalid_tool_call: float | None = None  # the advantage of answers whose tool calls cannot be read
 
     @staticmethod
@@ -41,6 +44,9 @@ class Settings:
         grpo, policy = session.config["grpo"], session.config["policy"]
         loss = GRPOLossConfig.of(session.config["loss_fn"])
         scaling, shaping = grpo["reward_scaling"], grpo["reward_shaping"]
+        dynamic = policy["dynamic_batching"] if policy["dynamic_batching"]["enabled"] else None
+        longest, micro_batch = policy["max_total_sequence_length"], policy["train_micro_batch_size"]
+        logprob_batch = policy["logprob_batch_size"] or 2 * micro_batch
         kl_period = 0 if grpo["skip_reference_policy_logprobs_calculation"] else grpo["reference_kl_period"]
         return Settings(
             num_prompts_per_step=grpo["num_prompts_per_step"],
@@ -57,13 +63,15 @@ class Settings:
             kl_period=kl_period,
             needs_reference=bool(loss.reference_policy_kl_penalty or kl_period),
             global_batch=policy["train_global_batch_size"],
-            micro_batch=policy["train_micro_batch_size"],
-            logprob_batch=policy["logprob_batch_size"] or 2 * policy["train_micro_batch_size"],
+            micro_batch=micro_batch,
+            logprob_batch=logprob_batch,
+            micro_tokens=dynamic and (dynamic["train_mb_tokens"] or longest * micro_batch),
+            logprob_tokens=dynamic and (dynamic["logprob_mb_tokens"] or longest * logprob_batch),
             packing=Packing(
                 samples=grpo["num_generations_per_prompt"],
                 pad_id=session.tokenizer.pad_id,
                 share_prompt=policy["shared_prompt"],
-                multiple_of=row_multiple(session),
+                multiple_of=math.lcm(row_multiple(session), (dynamic or {}).get("sequence_length_round") or 1),
             ),
             invalid_tool_call=grpo["invalid_tool_call_advantage"],
         )

@@ -214,7 +214,14 @@ class RolloutTask:
         wants_reference = settings.loss.reference_policy_kl_penalty or wants_kl
         if not settings.needs_previous and not wants_reference:
             return None, None, batch, {}
-        cut = micro_batches(batch.rollouts, mine, settings.logprob_batch, settings.packing, policy.layout.device)
+        cut = micro_batches(
+            batch.rollouts,
+            mine,
+            settings.logprob_batch,
+            settings.packing,
+            policy.layout.device,
+            tokens=settings.logprob_tokens,
+        )
         previous = reference = None
         errors: dict[str, float] = {}
         if settings.needs_previous:
@@ -290,6 +297,7 @@ class RolloutTask:
                 settings.micro_batch,
                 settings.packing,
                 policy.layout.device,
+                tokens=settings.micro_tokens,
             )
             values = policy.train_step(
                 [part.batch for part in cut],

@@ -126,6 +126,18 @@ def test_step_without_a_training_loop_has_no_problem() -> None:
 
 # key of the problem, words of its message, words of its hint, what is changed in a right config
 WRONG: dict[str, tuple[str, str, str, dict[str, Any]]] = {
+    "batches cut by tokens": (
+        "policy.dynamic_batching.enabled",
+        "not cut by token counts",
+        "train_micro_batch_size",
+        {"policy.dynamic_batching": {"enabled": True}},
+    ),
+    "validation answers that nothing prints": (
+        "logger.num_val_samples_to_print",
+        "prints no answers",
+        "set it to 0",
+        {"logger": {"num_val_samples_to_print": 3}},
+    ),
     "no loss": ("dpo.preference_loss_weight", "nothing to learn", "=1", {"dpo.preference_loss_weight": 0}),
     "no model": ("policy.model_name", "no model", "hub id", {"policy.model_name": None}),
     "two models": ("policy.architecture", "two models", "null", {"policy.architecture": INLINE}),

@@ -265,7 +265,6 @@ ON = [
     ("policy.megatron_cfg.optimizer.fp16", "true", "bfloat16"),
     ("policy.megatron_cfg.use_fused_linear_logprobs", "true", "kernel"),
     ("policy.megatron_cfg.checkpoint.async_save", "true", "before the next step"),
-    ("policy.dynamic_batching.enabled", "true", "token"),
     ("policy.sequence_packing.enabled", "true", "padded"),
     ("policy.offload_optimizer_for_logprob", "true", "device"),
     ("policy.tokenizer.use_fastokens", "true", "fastokens"),

@@ -40,6 +40,7 @@ CUTS = {
     "log-probabilities of few at once": {"logprob_batch": 2},
     "log-probabilities of all at once": {"logprob_batch": ROLLOUTS},
     "prompts computed for each answer": {"packing": replace(SETTINGS.packing, share_prompt=False)},
+    "micro-batches of so many tokens": {"micro_tokens": 100, "logprob_tokens": 60},
     "padded rows": {"packing": replace(SETTINGS.packing, multiple_of=8)},
     "few rollouts at once": {"generation_batch": 3},
     "rollouts of one prompt at once": {"generation_batch": SAMPLES},
@@ -76,6 +77,16 @@ def test_a_prompt_is_computed_once_for_its_answers(task, layout):
         own = [torch.arange(len(rollouts.completions[place].ids)).float() for place in part.places]
         for there, back in zip(own, part.apart(part.beside(own)), strict=True):
             assert torch.equal(there, back)
+
+
+@pytest.mark.parametrize("tokens", [1, 20, 45, 100, 10_000])
+def test_tokens_bound_a_micro_batch(task, layout, tokens):
+    made = task()
+    rollouts, _, _ = made.task._collect(made.run.config, made.progress)
+    cut = micro_batches(rollouts, np.arange(ROLLOUTS), 1, SETTINGS.packing, layout.device, tokens=tokens)
+    assert sorted(np.concatenate([part.places for part in cut])) == list(range(ROLLOUTS))
+    assert all(part.batch.tokens_BS.numel() <= tokens or len(part.places) == 1 for part in cut)
+    assert (len(cut) == 1) == (tokens == 10_000)
 
 
 @pytest.mark.parametrize(

@@ -34,11 +34,11 @@ finish() {
         for _ in {1..20}; do kill -0 -- "-${services[$name]}" || break; sleep 0.5; done
         kill -KILL -- "-${services[$name]}"
     done
-    echo "$code" > "$NEMOTRON_LOG_DIR/exit_code.node-$node.tmp"
-    mv "$NEMOTRON_LOG_DIR/exit_code.node-$node.tmp" "$NEMOTRON_LOG_DIR/exit_code.node-$node"
+    echo "$code" > "$NEMOTRON_LOG_DIR/node-$node.exit_code.tmp"
+    mv "$NEMOTRON_LOG_DIR/node-$node.exit_code.tmp" "$NEMOTRON_LOG_DIR/node-$node.exit_code"
     exec >&3
     for _ in {1..50}; do kill -0 "$copy" || break; sleep 0.1; done
-    echo "nemotron-exit cf4dd28cef731298 attempt=$attempt node=$node code=$code"
+    echo "nemotron-exit cf4aae8061b922ec attempt=$attempt node=$node code=$code"
     exit "$code"
 }
 trap finish EXIT
@@ -67,7 +67,7 @@ place() { # file mode sha256 variable parts
     chmod "$2" "$part"
     mv "$part" "$run_dir/$1"
 }
-place config.yaml 600 cc4259b7aab2db1bc0dc24cde7dedfddc07b398a996745321b58dfed9142bd15 NEMOTRON_FILE_0 1
+place config.yaml 600 33c419837abe33481641a2c950eb6efb967e6c75f367797cdb841e5fa759c4fb NEMOTRON_FILE_0 1
 if [[ ! -e $run_dir/code ]]; then
     place code.tar.gz 600 0000000000000000000000000000000000000000000000000000000000000000 NEMOTRON_BUNDLE 1
     fresh=$run_dir/.code.node-$node

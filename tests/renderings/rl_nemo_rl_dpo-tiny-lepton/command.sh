@@ -34,11 +34,11 @@ finish() {
         for _ in {1..20}; do kill -0 -- "-${services[$name]}" || break; sleep 0.5; done
         kill -KILL -- "-${services[$name]}"
     done
-    echo "$code" > "$NEMOTRON_LOG_DIR/exit_code.node-$node.tmp"
-    mv "$NEMOTRON_LOG_DIR/exit_code.node-$node.tmp" "$NEMOTRON_LOG_DIR/exit_code.node-$node"
+    echo "$code" > "$NEMOTRON_LOG_DIR/node-$node.exit_code.tmp"
+    mv "$NEMOTRON_LOG_DIR/node-$node.exit_code.tmp" "$NEMOTRON_LOG_DIR/node-$node.exit_code"
     exec >&3
     for _ in {1..50}; do kill -0 "$copy" || break; sleep 0.1; done
-    echo "nemotron-exit ec88d25f14bea59a attempt=$attempt node=$node code=$code"
+    echo "nemotron-exit 7b9d7fdacb4f701c attempt=$attempt node=$node code=$code"
     exit "$code"
 }
 trap finish EXIT
@@ -67,7 +67,7 @@ place() { # file mode sha256 variable parts
     chmod "$2" "$part"
     mv "$part" "$run_dir/$1"
 }
-place config.yaml 600 be4a93d8f6f4c1e266abeaf36ac77d0669bd4d06a9e9e60bcac1e6a3cec0bd01 NEMOTRON_FILE_0 1
+place config.yaml 600 4ed55a096832f5ac648d81f97928bc3cbb188a736788ec4a161a13fb6b1af32b NEMOTRON_FILE_0 1
 if [[ ! -e $run_dir/code ]]; then
     place code.tar.gz 600 0000000000000000000000000000000000000000000000000000000000000000 NEMOTRON_BUNDLE 1
     fresh=$run_dir/.code.node-$node

@@ -34,11 +34,11 @@ finish() {
         for _ in {1..20}; do kill -0 -- "-${services[$name]}" || break; sleep 0.5; done
         kill -KILL -- "-${services[$name]}"
     done
-    echo "$code" > "$NEMOTRON_LOG_DIR/exit_code.node-$node.tmp"
-    mv "$NEMOTRON_LOG_DIR/exit_code.node-$node.tmp" "$NEMOTRON_LOG_DIR/exit_code.node-$node"
+    echo "$code" > "$NEMOTRON_LOG_DIR/node-$node.exit_code.tmp"
+    mv "$NEMOTRON_LOG_DIR/node-$node.exit_code.tmp" "$NEMOTRON_LOG_DIR/node-$node.exit_code"
     exec >&3
     for _ in {1..50}; do kill -0 "$copy" || break; sleep 0.1; done
-    echo "nemotron-exit fe37484eb7c79a6c attempt=$attempt node=$node code=$code"
+    echo "nemotron-exit 61c4e6d07f6d533d attempt=$attempt node=$node code=$code"
     exit "$code"
 }
 trap finish EXIT
@@ -67,7 +67,7 @@ place() { # file mode sha256 variable parts
     chmod "$2" "$part"
     mv "$part" "$run_dir/$1"
 }
-place config.yaml 600 7165dfa01d3f2674da76b9e8ce19a64fde10d3c2d6d1cf0f3963e3511070d03f NEMOTRON_FILE_0 1
+place config.yaml 600 d36f5ec6b03a58783e018cb07ef18c45727d462500f25cebf014f6447f8ea156 NEMOTRON_FILE_0 1
 if [[ ! -e $run_dir/code ]]; then
     place code.tar.gz 600 0000000000000000000000000000000000000000000000000000000000000000 NEMOTRON_BUNDLE 1
     fresh=$run_dir/.code.node-$node

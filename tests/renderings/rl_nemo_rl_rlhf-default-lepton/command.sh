@@ -34,11 +34,11 @@ finish() {
         for _ in {1..20}; do kill -0 -- "-${services[$name]}" || break; sleep 0.5; done
         kill -KILL -- "-${services[$name]}"
     done
-    echo "$code" > "$NEMOTRON_LOG_DIR/exit_code.node-$node.tmp"
-    mv "$NEMOTRON_LOG_DIR/exit_code.node-$node.tmp" "$NEMOTRON_LOG_DIR/exit_code.node-$node"
+    echo "$code" > "$NEMOTRON_LOG_DIR/node-$node.exit_code.tmp"
+    mv "$NEMOTRON_LOG_DIR/node-$node.exit_code.tmp" "$NEMOTRON_LOG_DIR/node-$node.exit_code"
     exec >&3
     for _ in {1..50}; do kill -0 "$copy" || break; sleep 0.1; done
-    echo "nemotron-exit efd7e53652afc1c6 attempt=$attempt node=$node code=$code"
+    echo "nemotron-exit 5f7ca4d6f1bd9eeb attempt=$attempt node=$node code=$code"
     exit "$code"
 }
 trap finish EXIT
@@ -72,7 +72,7 @@ place() { # file mode sha256 variable parts
     chmod "$2" "$part"
     mv "$part" "$run_dir/$1"
 }
-place config.yaml 600 fef047af3da68c78bd61610eda571ea8a54fe1a6fb9f8c42cdc03e1a02da7a33 NEMOTRON_FILE_0 1
+place config.yaml 600 fd904a4d6e3f68654bf1fdf03580280dc3ec314cb4ae6e1c848346bfe6878dc3 NEMOTRON_FILE_0 1
 if [[ ! -e $run_dir/code ]]; then
     place code.tar.gz 600 0000000000000000000000000000000000000000000000000000000000000000 NEMOTRON_BUNDLE 1
     fresh=$run_dir/.code.node-$node

@@ -34,11 +34,11 @@ finish() {
         for _ in {1..20}; do kill -0 -- "-${services[$name]}" || break; sleep 0.5; done
         kill -KILL -- "-${services[$name]}"
     done
-    echo "$code" > "$NEMOTRON_LOG_DIR/exit_code.node-$node.tmp"
-    mv "$NEMOTRON_LOG_DIR/exit_code.node-$node.tmp" "$NEMOTRON_LOG_DIR/exit_code.node-$node"
+    echo "$code" > "$NEMOTRON_LOG_DIR/node-$node.exit_code.tmp"
+    mv "$NEMOTRON_LOG_DIR/node-$node.exit_code.tmp" "$NEMOTRON_LOG_DIR/node-$node.exit_code"
     exec >&3
     for _ in {1..50}; do kill -0 "$copy" || break; sleep 0.1; done
-    echo "nemotron-exit 5e71f5f957e6cb35 attempt=$attempt node=$node code=$code"
+    echo "nemotron-exit 5c627be351d4e844 attempt=$attempt node=$node code=$code"
     exit "$code"
 }
 trap finish EXIT
@@ -69,7 +69,7 @@ place() { # file mode sha256 variable parts
     chmod "$2" "$part"
     mv "$part" "$run_dir/$1"
 }
-place config.yaml 600 19e5dde6a7dcca8f5d6015092b16cdc0a2dc591796afe59fb4f605185424a905 NEMOTRON_FILE_0 1
+place config.yaml 600 df95d28c4f65fe05ef8eb923ad813e061363317dfc3df11fa6ebd26f596916ee NEMOTRON_FILE_0 1
 if [[ ! -e $run_dir/code ]]; then
     place code.tar.gz 600 0000000000000000000000000000000000000000000000000000000000000000 NEMOTRON_BUNDLE 1
     fresh=$run_dir/.code.node-$node

@@ -120,6 +120,11 @@ policy:
     val_top_k: null
     stop_token_ids: null
     stop_strings: null
+  dynamic_batching:
+    enabled: false
+    train_mb_tokens: 8192
+    logprob_mb_tokens: 16384
+    sequence_length_round: 64
   megatron_cfg:
     enabled: true
     env_vars: {}

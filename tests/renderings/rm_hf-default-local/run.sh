@@ -38,6 +38,11 @@ policy:
   device: auto
   shared_prompt: true
   generation: null
+  dynamic_batching:
+    enabled: false
+    train_mb_tokens: null
+    logprob_mb_tokens: null
+    sequence_length_round: null
   megatron_cfg:
     enabled: true
     env_vars: {}
