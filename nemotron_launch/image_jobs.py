@@ -14,13 +14,12 @@ from contextlib import suppress
 from typing import Any
 
 from nemotron_launch.backends import slurm_scripts
-from nemotron_launch.backends.slurm import IMPORT
 from nemotron_launch.errors import UserError
 from nemotron_launch.frozen import frozen
 from nemotron_launch.hosts import Result
 from nemotron_launch.quoting import sh, sh_words
 
-NOTE = "image_job"  # in a run's folder: the import that it waits for, and that job's log
+NOTE = "image_jobs"  # in a run's folder: the imports that it waits for, a line each: job, and that job's log
 
 # A squash file that is whole is as long as its superblock says.
 _WHOLE = """\
@@ -34,9 +33,9 @@ digest() { timeout 20 enroot digest "$1" 2> /dev/null | grep -oE 'sha256:[0-9a-f
 
 @frozen
 class Ensured:
-    """job_id: of the import that must end well first; empty where the image is there. notes: for the user."""
+    """job_ids: of the imports that must end well first; none where all images are there. notes: for the user."""
 
-    job_id: str = ""
+    job_ids: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -61,49 +60,54 @@ class Stored:
 
 
 def ensure(run_dir: str, *, force: bool = False) -> str:
-    """See that the image of a run's folder is there, or that a job is about to make it: the run's own, unless another
-    run's import of the same image waits or works already. `ensured` reads the answer."""
+    """See that the images of a run's folder are there, or that jobs are about to make them: the run's own, unless
+    another run's import of the same image waits or works already. `ensured` reads the answer."""
     forced = "NEMOTRON_FORCE_SQUASH=1 " if force else ""
     return f"""\
 {slurm_scripts.PLAIN}
 {_WHOLE}
 cd {sh(run_dir)} || exit 1
-eval "$(grep -E '^(uri|squash)=' {IMPORT})"
-name=$(sed -n 's/^#SBATCH --job-name=//p' {IMPORT})
 rm -f {NOTE}
-if {"false" if force else 'whole "$squash"'}; then
-    echo "there $squash"
-    was=$(sed -n 's/.*"digest": "\\([^"]*\\)".*/\\1/p' "$squash.json" 2> /dev/null)
-    [ -z "$was" ] || ! command -v enroot > /dev/null || is=$(digest "$uri")
-    [ -z "$is" ] || [ "$is" = "$was" ] || echo "moved $uri"
-    exit 0
-fi
-command -v sbatch > /dev/null 2>&1 || exit {slurm_scripts.NO_SLURM}
-id={"" if force else '$(squeue --noheader --user="$(id -un)" --name="$name" --format=%i | tail -n 1)'}
-[ -n "$id" ] || id=$({slurm_scripts.CLEAN} {forced}sbatch --parsable {IMPORT}) || exit 1
-id=${{id%%;*}}
-log=$(scontrol --oneliner show job "$id" 2> /dev/null | sed -n 's/.* StdOut=\\([^ ]*\\).*/\\1/p')
-echo "$id ${{log:-{sh(posixpath.join(run_dir, "import-"))}$id.out}}" > {NOTE}
-echo "job $id $uri"
+for script in import_*.sbatch; do
+    [ -f "$script" ] || continue
+    eval "$(grep -E '^(uri|squash)=' "$script")"
+    name=$(sed -n 's/^#SBATCH --job-name=//p' "$script") is=
+    if {"false" if force else 'whole "$squash"'}; then
+        echo "there $squash"
+        was=$(sed -n 's/.*"digest": "\\([^"]*\\)".*/\\1/p' "$squash.json" 2> /dev/null)
+        [ -z "$was" ] || ! command -v enroot > /dev/null || is=$(digest "$uri")
+        [ -z "$is" ] || [ "$is" = "$was" ] || echo "moved $uri"
+        continue
+    fi
+    command -v sbatch > /dev/null 2>&1 || exit {slurm_scripts.NO_SLURM}
+    id={"" if force else '$(squeue --noheader --user="$(id -un)" --name="$name" --format=%i | tail -n 1)'}
+    [ -n "$id" ] || id=$({slurm_scripts.CLEAN} {forced}sbatch --parsable "$script") || exit 1
+    id=${{id%%;*}}
+    log=$(scontrol --oneliner show job "$id" 2> /dev/null | sed -n 's/.* StdOut=\\([^ ]*\\).*/\\1/p')
+    echo "$id ${{log:-{sh(posixpath.join(run_dir, "import-"))}$id.out}}" >> {NOTE}
+    echo "job $id $uri"
+done
 """
 
 
 def ensured(done: Result) -> Ensured:
-    """What `ensure` printed. UserError: the import could not be submitted, with Slurm's reason."""
-    answers = [line.split(" ", 1) for line in done.stdout.splitlines() if " " in line]
-    found = {key: value for key, value in answers if key in ("there", "moved", "job")}
-    if "there" in found:
-        moved = found.get("moved")
-        hint = "--force-squash imports it anew"
-        return Ensured(notes=(f"{moved} has moved since it was imported: {hint}",) if moved else ())
-    if done.code or "job" not in found:
+    """What `ensure` printed. UserError: an import could not be submitted, with Slurm's reason."""
+    if done.code:
         said = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), f"exit code {done.code}")
         said = re.sub(r"^sbatch: (error: )?(Batch job submission failed: )?", "", said.strip())
         hint = "the profile's build_partition and build_time are for this job"
         message = f"Slurm refuses the import of the image: {said}"
         raise UserError(message, where="build_partition", hint=hint, exit_code=1)
-    job_id, _, uri = found["job"].partition(" ")
-    return Ensured(job_id, (f"{uri} is imported first, by job {job_id}",))
+    jobs, notes = [], []
+    for line in done.stdout.splitlines():
+        key, _, value = line.partition(" ")
+        if key == "moved":
+            notes.append(f"{value} has moved since it was imported: --force-squash imports it anew")
+        elif key == "job":
+            job_id, _, uri = value.partition(" ")
+            jobs.append(job_id)
+            notes.append(f"{uri} is imported first, by job {job_id}")
+    return Ensured(tuple(jobs), tuple(notes))
 
 
 def failure(log: str) -> str:

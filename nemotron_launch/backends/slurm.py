@@ -50,8 +50,8 @@ class _Step:
 def render_job(job: Job) -> Rendered:
     """The files of a job on Slurm. UserError: a value that the script, Slurm or the container runtime cannot carry."""
     _check(job)
-    image = images.parse(job.container.image) if job.container.image and job.container.runtime != "none" else None
-    values = _values(job, image)
+    found = _images(job)
+    values = _values(job, found)
     text = fill_own(Path(job.template), values) if job.template else fill("slurm/job.sbatch.j2", values)
     if job.template:
         _check_line_ends(text, job.template)
@@ -63,8 +63,10 @@ def render_job(job: Job) -> Rendered:
     ]
     if job.setup:
         files.append(File("setup.sh", _setup(job)))
-    if image and image.uri:
-        files.append(File(IMPORT, import_script(image, job.options, posixpath.dirname(job.run_dir), job.run_dir)))
+    for name, image in found.items():
+        if image.uri:
+            script = import_script(image, job.options, posixpath.dirname(job.run_dir), job.run_dir)
+            files.append(File(f"import_{name}.sbatch", script))
     return Rendered(MAIN, (*files, *job.files))
 
 
@@ -92,8 +94,26 @@ def _check(job: Job) -> None:
             raise UserError(f"{service.health!r} is no path of a URL", where=f"services.{service.name}.health")
 
 
-def _values(job: Job, image: images.Image | None) -> dict[str, Any]:
+def _images(job: Job) -> dict[str, images.Image]:
+    """The images of a job by the script's variables for them: `image`, and `image_2` and so on for services of others.
+
+    Each file is there once, however many use it.
+    """
+    if job.container.runtime == "none":
+        return {}
+    texts = dict.fromkeys([job.container.image, *(service.image for service in job.services)])
+    return {f"image_{n + 1}" if n else "image": images.parse(text) for n, text in enumerate(filter(None, texts))}
+
+
+def _variable(job: Job, image: str) -> str:
+    """The script's word for a service's own image, or for the job's."""
+    own = images.parse(image or job.container.image)
+    return next(f'"${name}"' for name, one in _images(job).items() if one == own)
+
+
+def _values(job: Job, found: Mapping[str, images.Image]) -> dict[str, Any]:
     """What the template of the sbatch script sees; strings are shell words unless said otherwise."""
+    image = found.get("image")
     return {
         "job": job,
         "directives": _directives(job),
@@ -117,6 +137,10 @@ def _values(job: Job, image: images.Image | None) -> dict[str, Any]:
         "metrics": _metrics(job),
         "image_uri": _word(image.uri, "image") if image and image.uri else "",
         "image_path": _image_path(job, image) if image else "",
+        "images": [
+            {"name": name, "path": _image_path(job, one), "uri": _word(one.uri, "image") if one.uri else ""}
+            for name, one in found.items()
+        ],
         "services": [_service(job, n) for n in range(len(job.services))],
         "trainer": _Step(
             "node",
@@ -265,13 +289,12 @@ def _step_options(job: Job, first: int, nodes: int) -> list[str]:
 
 
 def _container_options(job: Job, image: str) -> list[str]:
-    """Pyxis' options of srun. image: a service's own; empty for the job's, which the script has in `$image`."""
+    """Pyxis' options of srun. image: a service's own; empty for the job's."""
     if job.container.runtime != "pyxis":
         return []
     mounts = ",".join(_pyxis_mount(n, mount) for n, mount in enumerate(_mounts(job)))
-    uri = images.parse(image) if image else None
     return [
-        f"--container-image={_word(uri.uri or uri.path)}" if uri else '--container-image="$image"',
+        f"--container-image={_variable(job, image)}",
         f"--container-mounts={_word(mounts)}",
         f"--container-workdir={_word(job.workdir)}",
         "--no-container-mount-home",
@@ -294,8 +317,7 @@ def _launcher(job: Job, image: str) -> str:
             hint = "charliecloud binds folders as they are; leave :ro away"
             raise UserError(f"{source} cannot be read-only", where=f"mounts[{n}]", hint=hint)
         binds.append(f"--bind={_word(f'{source}:{target}')}")
-    where = _word(images.parse(image).path) if image else '"$image"'
-    return " ".join(["ch-run", *binds, f"--cd={_word(job.workdir)}", where, "--"])
+    return " ".join(["ch-run", *binds, f"--cd={_word(job.workdir)}", _variable(job, image), "--"])
 
 
 def _mounts(job: Job) -> list[Mount]:
@@ -313,7 +335,7 @@ def _image_path(job: Job, image: images.Image) -> str:
     """The image as a file: as given, or where its import puts it."""
     if job.container.runtime == "charliecloud" and not image.path:
         raise UserError(
-            f"charliecloud runs a squash file or an unpacked folder, not {job.container.image}",
+            f"charliecloud runs a squash file or an unpacked folder, not {image.uri.removeprefix('docker://')}",
             where="image",
             hint="make one:  ch-image pull …  and  ch-convert … /lustre/images/NAME.sqsh",
         )

@@ -105,12 +105,12 @@ def squash(
         done = image_jobs.ensured(host.run(image_jobs.ensure(log_dir, force=force), timeout=120))
         for note in done.notes:
             click.echo(note, err=True)
-        if not done.job_id:
+        if not done.job_ids:
             click.echo(f"{posixpath.join(image_dir, image.squash_name)} is there")
             return
-        click.echo(done.job_id)
+        click.echo(done.job_ids[0])
         if wait:
-            ctx.exit(_wait(host, log_dir, done.job_id))
+            ctx.exit(_wait(host, log_dir, done.job_ids[0]))
 
 
 @click.command()

@@ -60,7 +60,9 @@ EXAMPLE = Job(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["job.sbatch", "node.sh", "service-judge.sh", "setup.sh", "shell.sh", "import_image.sbatch"])
+@pytest.mark.parametrize(
+    "name", ["job.sbatch", "node.sh", "service-judge.sh", "setup.sh", "shell.sh", "import_image.sbatch"]
+)
 def test_the_example_is_rendered_as_it_was_read_and_approved(name: str) -> None:
     """NEMOTRON_UPDATE=1 writes the files anew: then read them."""
     text = {file.path: file.text for file in render(EXAMPLE).files}[name]
@@ -271,3 +273,16 @@ def test_an_image_folder_that_cannot_be_made_is_named(tmp_path: Path, import_ima
     done, asked, images = import_image()
     assert done.returncode == 1 and asked == []
     assert f"error: {images} cannot be made: image_dir of the profile names another folder" in done.stderr
+
+
+def test_a_service_with_an_image_of_its_own_has_an_import_of_its_own() -> None:
+    own, same = "vllm/vllm-openai:v1", "nvcr.io/nvidia/nemo-rl:v0.6.0"
+    services = Service("a", ("serve",), 8000, image=own), Service("b", ("serve",), 8001, image=same)
+    files = {file.path: file.text for file in render(replace(EXAMPLE, services=services)).files}
+    assert sorted(name for name in files if name.startswith("import_")) == [
+        "import_image.sbatch", "import_image_2.sbatch"
+    ]  # fmt: skip
+    assert "uri=docker://vllm/vllm-openai:v1\n" in files["import_image_2.sbatch"]
+    script = files["job.sbatch"]
+    assert "image_2=/lustre/team/jobs/images/vllm+vllm-openai+v1.sqsh" in script
+    assert script.count('--container-image="$image_2"') == 1 and script.count('--container-image="$image"') == 2
