@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import posixpath
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Literal, Protocol
 
@@ -18,6 +18,7 @@ from nemotron_launch.jobs.status import Known, look
 
 PATIENCE = 1800.0  # seconds without a connection after which following ends
 MOST_LOGS = 16  # runs whose logs are streamed at once; of more only what becomes of them is told
+_MOVED = 600  # seconds by which an expected start must move to be worth telling
 _FINAL_LOOKS = 2  # looks at the logs that must find nothing, once a run is over
 Answer = Literal["continue", "detach", "cancel"]
 
@@ -111,6 +112,7 @@ class _Following:
         self.waits, self.works = Pace(1.0, 15.0), Pace(5.0, 30.0)
         self.reading, self.finding = Pace(0.3, 3.0), Pace(1.0, 5.0)
         self.lost_at: float | None = None
+        self.to_cancel = False
         self.drained: dict[str, int] = {}
 
     @property
@@ -123,6 +125,10 @@ class _Following:
         while True:
             self._heed(self.watcher.interrupted())
             try:
+                if self.to_cancel:
+                    self.backend.cancel(self._live())
+                    self.to_cancel = False
+                    self._ask_now()
                 if self._turn():
                     return list(self.runs.values())
             except Unreachable as error:
@@ -158,7 +164,8 @@ class _Following:
         for known in look(self.ledger, self.backend, self._live()):
             run, seen = known.run, known.seen
             self.runs[run.run_id] = run
-            told = (run.state, run.reason, run.attempt, seen.expected_start if seen else None)
+            start = seen.expected_start if seen else None
+            told = (run.state, run.reason, run.attempt, start and start // _MOVED)
             if self.told.get(run.run_id) != told:
                 self.told[run.run_id] = told
                 self.watcher.state(known)
@@ -227,8 +234,7 @@ class _Following:
             raise Detached("no longer following; the run goes on", hint=hint, exit_code=130)
         if answer == "cancel":
             self.watcher.notice("asking the executor to end the run")
-            self.backend.cancel(self._live())
-            self._ask_now()
+            self.to_cancel = True
 
     def _ask_now(self) -> None:
         for pace in (self.waits, self.works):
@@ -238,11 +244,3 @@ class _Following:
     def _name(self) -> str:
         first = next(iter(self.runs.values()))
         return first.sweep or first.run_id
-
-
-def wait(ledger: Ledger, groups: Iterable[tuple[Backend, Sequence[Run]]], watcher: Watcher) -> list[Run]:
-    """Wait until runs of several backends are over, without their logs; their last rows."""
-    found: list[Run] = []
-    for backend, runs in groups:
-        found += follow(ledger, backend, runs, watcher, logs=False)
-    return found
