@@ -136,7 +136,8 @@ def try_reward(environments: Environments, prompts: Sequence[Prompt]) -> None:
             what, advice = f"the verifier fails on all {len(tried)} rows tried: {first.error}", "correct it"
         elif tried is told and not any(max(score.reward for score in right) > wrong.reward for *right, wrong in scores):
             what = f"the row's own right answer {str(tried[0].row['expected_answer'])[:60]!r} is rewarded with "
-            what += f"{first.reward:g}, as is an empty one" + (f" ({first.error})" if first.error else "")
+            what += f"{first.reward:g}, an empty one with {scores[0][-1].reward:g}"
+            what += f" ({first.error})" if first.error else ""
             advice = f"so it is with all {len(tried)} rows tried: nothing could be learnt\n"
             advice += "name the column of the right answer with data.train.output_key, or another env_name"
         else:
