@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from nemotron_launch.errors import UserError
 from nemotron_launch.trainer.environments import Rollout, Score
 from nemotron_launch.trainer.environments.bad_rows import refuse_bad_rows
 from nemotron_launch.trainer.environments.worker import load_function
@@ -30,12 +29,17 @@ class PythonEnvironment:
         module, _, function = name.rpartition(".")
         self._function = f"{module}:{function}"
         self._pool = pool
-        self._fields: tuple[str, ...] | None = None
+        self._fields: tuple[str, ...] = ()
+        self._unusable: str | None = None
 
     def problem(self, row: Mapping[str, Any]) -> str:
-        """Why a row cannot be scored; empty if it can. Raises UserError for a function that cannot be used."""
-        if self._fields is None:
-            self._fields = self._look()
+        """Why a row cannot be scored, or nothing by this function; empty if it can."""
+        if self._unusable is None:
+            (answer,) = self._pool.run([Call(f"{__name__}:look", (self._function,))])
+            self._fields, self._unusable = tuple(answer.value or ()), answer.error
+        if self._unusable:
+            name = f"python:{self._function.replace(':', '.')}"
+            return f"{name} cannot be used where the trainer runs: {self._unusable}"
         missing = [field for field in self._fields if row.get(field) is None]
         return f"missing key {' and '.join(missing)}" if missing else ""
 
@@ -57,16 +61,6 @@ class PythonEnvironment:
     def close(self) -> None:
         """End the workers."""
         self._pool.close()
-
-    def _look(self) -> tuple[str, ...]:
-        (answer,) = self._pool.run([Call(f"{__name__}:look", (self._function,))])
-        if answer.error:
-            raise UserError(
-                f"python:{self._function.replace(':', '.')} cannot be used: {answer.error}",
-                where="data.default.env_name",
-                hint="it must be importable where the trainer runs: from its working directory, or PYTHONPATH",
-            )
-        return tuple(answer.value)
 
 
 def look(name: str) -> list[str]:

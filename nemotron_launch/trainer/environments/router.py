@@ -55,7 +55,8 @@ class Environments:
             environment = self._environment(name)
             own = [i for i, other in enumerate(names) if other == name]
             for i, problem in zip(own, _problems(environment, [rows[i] for i in own]), strict=True):
-                found[i] = f"{problem} (environment {name})" if problem else ""
+                said = not problem or (name.startswith(PYTHON) and name in problem)
+                found[i] = problem if said else f"{problem} (environment {name})"
         return found
 
     def check(self, rows: Sequence[Mapping[str, Any]], wheres: Sequence[str]) -> None:
