@@ -61,7 +61,15 @@ class LogSource:
 class Backend(Protocol):
     """An executor, reached. Raises hosts.Unreachable when it cannot be reached, Refused when it says no."""
 
-    host: Host | None  # where the run's folder can be read; None where it cannot
+    @property
+    def host(self) -> Host | None:
+        """Where the run's folder can be read; None where it cannot."""
+
+    def check(self, run: Run, files: Sequence[Upload]) -> tuple[str, ...]:
+        """Raise, before anything is written, what submit would be refused for; what is worth telling the user.
+
+        A host that is down, a wrong key or token, what the executor does not have; quick.
+        """
 
     def submit(self, run: Run, files: Sequence[Upload], *, after: Sequence[Run] = ()) -> Submission:
         """Place the files in run.run_dir and submit the run, once: a lost answer is looked up before a second try.

@@ -16,7 +16,7 @@ from typing import Any
 from nemotron_launch.backends import local_folder
 from nemotron_launch.backends.live import POINTS, LogSource, Refused, Seen, Submission
 from nemotron_launch.backends.local import keep_from_git
-from nemotron_launch.backends.local_supervisor import TASK
+from nemotron_launch.backends.local_supervisor import SIGNALS, TASK
 from nemotron_launch.errors import UserError
 from nemotron_launch.hosts import Host, Upload, open_host
 from nemotron_launch.jobs.process import alive
@@ -35,6 +35,9 @@ class LocalClient:
 
     def __init__(self) -> None:
         self.host: Host | None = open_host({})
+
+    def check(self, run: Run, files: Sequence[Upload]) -> tuple[str, ...]:
+        return ()
 
     def submit(self, run: Run, files: Sequence[Upload], *, after: Sequence[Run] = ()) -> Submission:
         """Start the run's supervisor. Files named point-<n>/run.sh make it a sweep: options' max_parallel at a time."""
@@ -66,7 +69,7 @@ class LocalClient:
             ],
         }
         local_folder.put(folder / TASK, json.dumps(task))
-        return _start(folder, run.workdir)
+        return _start(folder)
 
     def find(self, run: Run) -> Submission | None:
         who = local_folder.holder(Path(run.state_dir))
@@ -132,7 +135,7 @@ def open_client(contact: Mapping[str, Any]) -> LocalClient:
     return LocalClient()
 
 
-def _start(folder: Path, workdir: str) -> Submission:
+def _start(folder: Path) -> Submission:
     """Start the supervisor in a session of its own, as nobody's child; it holds the claim before it is a program."""
     command = [sys.executable, "-m", "nemotron_launch.backends.local_supervisor", str(folder)]
 
@@ -140,13 +143,13 @@ def _start(folder: Path, workdir: str) -> Submission:
         if os.fork():
             os._exit(0)
         os.setsid()
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # one that comes before it listens is kept for it
         if not local_folder.claim(folder):
             os._exit(1)
 
     with (folder / OUT).open("ab") as out:
         child = subprocess.Popen(
             command,
-            cwd=workdir,
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=subprocess.STDOUT,

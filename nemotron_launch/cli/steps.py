@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -235,8 +235,6 @@ def run(
         ctx.exit(sweeps.submit_sweep(step, path, sweep, overrides, profile, passthrough, how))
     if dry_run:
         dry_run_of(step, path, overrides, profile, passthrough, detached is None, run_id, output)
-    elif profile is not None and profile.executor == "lepton":
-        _refuse_to_submit()
     elif profile is not None and (detached is not None or profile.executor != "local"):
         from nemotron_launch.cli.submit import submit_run
 
@@ -319,13 +317,6 @@ def _print_composed(job: Job, data: dict[str, Any]) -> None:
 
     head = [f"{job.step} -c {job.config}, on this machine", shlex.join(job.command)]
     click.echo("".join(f"# {line}\n" for part in head for line in part.splitlines()) + dump(data), nl=False)
-
-
-def _refuse_to_submit() -> NoReturn:
-    raise UserError(
-        "this version compiles and renders for Lepton and does not submit",
-        hint="-d shows the job; -d --output dir=PATH writes all its files, then create the job by hand",
-    )
 
 
 def is_override(argument: str) -> bool:

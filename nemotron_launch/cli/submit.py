@@ -11,6 +11,7 @@ import click
 
 from nemotron_launch.catalog import Step, require_trains
 from nemotron_launch.cli.jobs import warn
+from nemotron_launch.errors import UserError
 from nemotron_launch.frozen import frozen, replace
 from nemotron_launch.hosts import Unreachable, Upload
 from nemotron_launch.jobs.ledger import Ledger
@@ -49,6 +50,9 @@ def submit_run(
 ) -> int:
     """Submit a step to where the profile says; the exit code of the command, attached that of the run."""
     require_trains(step)
+    if asked.after and profile.executor == "lepton":
+        hint = f"nemotron jobs wait {asked.after[0]} waits for it here"
+        raise UserError("Lepton's jobs cannot wait for another one", where="--after", hint=hint)
     if profile.executor == "local":
         planned = _staged(step, config, overrides, passthrough, profile, run_id)
     else:
@@ -151,8 +155,9 @@ def say_submitted(rows: Sequence[Run], attached: bool) -> None:
     name = run.sweep if whole else run.run_id
     job = run.job_id.partition("_")[0] if whole else run.job_id
     what = f"{len(rows)} points" if whole else " ".join(run.overrides if run.sweep else [run.step, "-c", run.config])
-    where = {"local": "in the background here, process"}.get(run.executor, f"on {run.host or 'this cluster'}, job")
-    lines = [f"{click.style(name, bold=True)}: {what}, {where} {job}", f"  folder  {run.run_dir}"]
+    where = {"local": "in the background here, process", "lepton": f"in Lepton's workspace {run.host}, job"}
+    place = where.get(run.executor, f"on {run.host or 'this cluster'}, job")
+    lines = [f"{click.style(name, bold=True)}: {what}, {place} {job}", f"  folder  {run.run_dir}"]
     if run.reason:
         lines.append(f"  note    {run.reason}")
     if not attached:

@@ -63,8 +63,7 @@ def _again(
     waits = check_after(run, before)
     files = kept(ledger.folder, run.sweep or run.run_id)
     backend = backends.of(run)
-    if backend.host and backend.host.name:
-        backend.host.run(":")
+    backend.check(run, files)
     fresh = {
         "state": "submitting", "submitter": identity(), "job_id": "", "cluster": "", "attempt": 0, "reason": "",
         "exit_code": None, "started": None, "ended": None,

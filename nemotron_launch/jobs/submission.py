@@ -40,6 +40,10 @@ def new_run(job: Job, overrides: Sequence[str] = (), *, after: Sequence[Run] = (
     if not local:
         run_dir, workdir = job.run_dir, job.workdir
     contact = {} if local else dict(job.options.get("tunnel") or {})
+    if job.executor == "lepton":
+        from nemotron_launch.backends.lepton_access import contact_of
+
+        contact = contact_of(job.options)
     return Run(
         run_id=job.run_id,
         step=job.step,
@@ -55,7 +59,7 @@ def new_run(job: Job, overrides: Sequence[str] = (), *, after: Sequence[Run] = (
         nodes=job.nodes + sum(service.nodes for service in job.services),
         created=time.time(),
         contact=contact,
-        host=os.uname().nodename if local else str(contact.get("host") or ""),
+        host=os.uname().nodename if local else str(contact.get("host") or contact.get("workspace") or ""),
         secrets={
             secret.name: {"source": secret.source or secret.name, "optional": secret.optional}
             for secret in job.secrets
@@ -123,14 +127,13 @@ def submit(
     secret = secret_files(run, os.environ if env is None else env)
     waits = check_after(run, after)
     backend = backend or open_backend(run.executor, run.contact)
-    if backend.host and backend.host.name:
-        backend.host.run(":")  # a wrong key, a host that is down: said before there is anything to settle
+    notes = backend.check(run, files)  # a wrong key, a host that is down: said before there is anything to settle
     passing = _keep_apart(ledger.folder, run.run_id, files)
     try:
         ledger.add(rows, before=lambda: _keep(ledger.folder, run.run_id, passing))
     finally:
         shutil.rmtree(passing, ignore_errors=True)
-    return place(ledger, rows, run, [*files, *secret], backend, after=waits)
+    return place(ledger, rows, run, [*files, *secret], backend, after=waits, notes=notes)
 
 
 def place(
@@ -141,6 +144,7 @@ def place(
     backend: Backend,
     *,
     after: Sequence[Run] = (),
+    notes: Sequence[str] = (),
 ) -> list[Run]:
     """Hand rows that are `submitting` to their executor as one job, and complete them. Errors: as submit's."""
     try:
@@ -152,7 +156,7 @@ def place(
         ledger.change_all([(row, refused) for row in rows])
         hint = "\n".join(filter(None, [error.hint, f"when that is put right:  nemotron jobs resubmit {run.run_id}"]))
         raise Refused(error.message, where=error.where, hint=hint, exit_code=error.exit_code) from None
-    return settled(ledger, rows, made.job_id, made.cluster, "; ".join(made.notes))
+    return settled(ledger, rows, made.job_id, made.cluster, "; ".join([*notes, *made.notes]))
 
 
 def settled(ledger: Ledger, rows: Sequence[Run], job_id: str, cluster: str, reason: str = "") -> list[Run]:

@@ -84,7 +84,7 @@ def test_two_replicas_train_together_with_nothing_but_what_the_spec_carries(tmp_
     assert (remote / "out/logs/rank_1.log").exists()
     logs = remote / "r1/logs/attempt-0"
     assert sorted(path.name for path in logs.iterdir()) == [
-        *("exit_code.node-0", "exit_code.node-1", "node-0.log", "node-1.log"),
+        *("node-0.exit_code", "node-0.log", "node-1.exit_code", "node-1.log"),
     ]
     assert (logs / "node-0.log").read_text() + done[0].last_line + "\n" == done[0].text
 
@@ -168,7 +168,7 @@ def test_exit_codes_come_through_three_ways(tmp_path: Path, code: int) -> None:
     (done,) = run(job, tmp_path / "log", attempt=1)
     assert done.process.returncode == code
     assert exit_of(done, job) == (1, 0, code)
-    assert (tmp_path / "remote/r1/logs/attempt-1/exit_code.node-0").read_text() == f"{code}\n"
+    assert (tmp_path / "remote/r1/logs/attempt-1/node-0.exit_code").read_text() == f"{code}\n"
 
 
 def test_each_attempt_has_its_own_log(tmp_path: Path) -> None:

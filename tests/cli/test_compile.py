@@ -176,7 +176,7 @@ def test_warnings_stay_out_of_the_pipe(site: Path, nemotron: Nemotron) -> None:
     [
         (["-r", "cluster", "-b", "cluster"], "-r and -b exclude each other\n       -r runs and follows"),
         (["-r", "clutser", "-d"], "there is no profile clutser\n       did you mean cluster?"),
-        (["-b", "cloud"], "this version compiles and renders for Lepton and does not submit\n"),
+        (["-b", "cloud"], "workspace: which Lepton workspace? None is named\n       export LEPTON_WORKSPACE_ID="),
         (["-r", "cluster", "--output", "json"], "--output goes with -d"),
         (["-r", "cluster", "-d", "--output", "xml"], "--output takes json, yaml, script or dir=PATH, got 'xml'"),
         (["-r", "cluster", "-d", "--output", "dir="], "--output takes json, yaml, script or dir=PATH, got 'dir='"),
