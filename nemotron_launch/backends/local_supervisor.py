@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,10 @@ from nemotron_launch.frozen import frozen, replace
 TASK = "supervise.json"
 _LOOK = 1.0  # seconds between two looks at what no signal tells
 _PR_SET_PDEATHSIG = 1
+_FULL, _AGAIN = 3600.0, 5.0  # seconds for which a full disk is waited for, and between two tries
+_CANNOT = 1  # exit code of a run that could not be started
 _DEPENDENCY = 1  # exit code of a run whose predecessor did not end well
-_SIGNALS = {signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1}
+SIGNALS = {signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1}
 
 
 @frozen
@@ -51,8 +53,18 @@ class _Attempt:
         self.restarts = 0
         self.asked_at: float | None = None
 
-    def start(self) -> None:
-        """Begin an attempt, with a log folder behind those of earlier ones."""
+    def start(self) -> bool:
+        """Begin an attempt; where that cannot be done the point is over, and the answer no."""
+        try:
+            self._start()
+        except OSError as error:
+            where = f" ({error.filename})" if error.filename else ""
+            self.end("failed", _CANNOT, f"could not be started: {(error.strerror or str(error)).lower()}{where}")
+            return False
+        return True
+
+    def _start(self) -> None:
+        """An attempt has a log folder, behind those of earlier ones."""
         number, logs = self.seen.attempt, self.folder / local_folder.LOGS
         while True:
             self.logs = logs / f"attempt-{number}"
@@ -71,15 +83,16 @@ class _Attempt:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 process_group=0,
-                preexec_fn=_in_child,
+                preexec_fn=_in_child(os.getpid()),
             )
         _say(f"{self.folder.name}: attempt {number}, process {self.child.pid}, logs in {self.logs}")
         started = self.seen.started or time.time()
         self.note(replace(self.seen, state="running", reason="", attempt=number, started=started))
 
     def note(self, seen: Seen) -> None:
+        """Write down where the point is; a disk that is full is waited for, an hour at most."""
         self.seen = seen
-        local_folder.note(self.folder, seen)
+        _patiently(lambda: local_folder.note(self.folder, seen))
 
     def end(self, state: Any, code: int, reason: str = "") -> None:
         _say(f"{self.folder.name}: over, exit code {code}" + (f": {reason}" if reason else ""))
@@ -95,14 +108,14 @@ class _Attempt:
             return False
         code = code if code >= 0 else 128 - code
         for name in ("node-0.exit_code", local_folder.EXIT_CODE):
-            local_folder.put(self.logs / name, f"{code}\n")
+            with suppress(OSError):
+                local_folder.put(self.logs / name, f"{code}\n")
         resume = code == self.task["resume_code"]
         if resume and not wish and not ending and self.restarts < self.task["max_restarts"]:
             self.restarts += 1
             _say(f"{self.folder.name}: exit code {code}, restart {self.restarts} of {self.task['max_restarts']}")
             self.seen = replace(self.seen, attempt=self.seen.attempt + 1)
-            self.start()
-            return False
+            return not self.start()
         why = "asked to stop" if ending else f"no restart is left of {self.task['max_restarts']}"
         self.end(code=code, **local_folder.verdict(self.folder, code, f"saved; {why}; resubmit goes on"))
         return True
@@ -124,7 +137,7 @@ class _Attempt:
 
 def main(argv: list[str]) -> int:
     home = Path(argv[0])
-    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # fetched with sigtimedwait: none is lost
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # fetched with sigtimedwait: none is lost
     task = json.loads((home / TASK).read_text())
     waiting = [_Attempt(Point(**point), task) for point in task["points"]]
     for each in waiting:
@@ -140,8 +153,8 @@ def main(argv: list[str]) -> int:
                 why = "" if wish else "asked to stop before it began" if ending else _failed(each.point.after)
                 each.end("cancelled", 130 if wish or ending else _DEPENDENCY, why)
             elif not reason and len(working) < task["max_parallel"]:
-                each.start()
-                working.append(each)
+                if each.start():
+                    working.append(each)
             else:
                 reason = reason or f"waits for one of {task['max_parallel']} places"
                 if reason != each.seen.reason:
@@ -149,7 +162,7 @@ def main(argv: list[str]) -> int:
                 continue
             waiting.remove(each)
         if working or waiting:
-            got = signal.sigtimedwait(_SIGNALS, _LOOK)
+            got = signal.sigtimedwait(SIGNALS, _LOOK)
             if got and got.si_signo in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
                 _say(f"got {signal.Signals(got.si_signo).name}")
                 ending = True
@@ -179,10 +192,27 @@ def _predecessors(after: Iterable[tuple[str, str]]) -> Iterator[tuple[str, Seen 
         yield name, local_folder.look(Path(folder))
 
 
-def _in_child() -> None:
+def _in_child(supervisor: int) -> Callable[[], None]:
     """The job hears signals, and dies with its supervisor, else a second one would find it still writing."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
-    signal.pthread_sigmask(signal.SIG_SETMASK, set())
+    libc = ctypes.CDLL(None)
+
+    def prepare() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
+        if os.getppid() != supervisor:
+            os._exit(_CANNOT)
+        signal.pthread_sigmask(signal.SIG_SETMASK, set())
+
+    return prepare
+
+
+def _patiently(write: Callable[[], None]) -> None:
+    for _ in range(int(_FULL // _AGAIN)):
+        try:
+            return write()
+        except OSError as error:
+            _say(f"error: {error}; trying again")
+            time.sleep(_AGAIN)
+    return write()
 
 
 def _say(line: str) -> None:

@@ -14,8 +14,13 @@ from typing import Any
 
 import pytest
 
+from nemotron_launch.backends.local_client import LocalClient
+from nemotron_launch.hosts import Upload
+from nemotron_launch.jobs import submission
 from nemotron_launch.jobs.ledger import Ledger
+from nemotron_launch.jobs.run import Run
 from tests.conftest import Nemotron
+from tests.jobs.rows import row
 
 WAIT = 60.0
 SFT = ("steps", "run", "sft/small", "data.path=rows.jsonl")
@@ -124,6 +129,31 @@ def test_a_second_cancel_kills(state: Path, nemotron: Nemotron, tree: Path) -> N
     nemotron("jobs", "cancel", "last")
     assert nemotron("jobs", "wait", "last").returncode == 130
     assert shown(nemotron)["exit_code"] == 128 + signal.SIGKILL
+
+
+def test_a_run_can_be_cancelled_at_once(state: Path, nemotron: Nemotron) -> None:
+    """Before its supervisor is more than a Python that starts."""
+    with Ledger() as ledger:
+        [run] = ledgered(ledger, "sleep 60")
+        client = LocalClient()
+        client.cancel([run])
+        until(lambda: client.poll([run])[run.run_id].ended, "its end")
+        seen = client.poll([run])[run.run_id]
+        assert (seen.state, seen.exit_code) == ("cancelled", 130)
+
+
+def test_a_run_that_cannot_be_started_says_why(state: Path, tmp_path: Path) -> None:
+    with Ledger() as ledger:
+        [run] = ledgered(ledger, "true", workdir=str(tmp_path / "gone"))
+        client = LocalClient()
+        until(lambda: client.poll([run])[run.run_id].ended, "its end")
+        seen = client.poll([run])[run.run_id]
+        assert seen.state == "failed" and "could not be started: no such file or directory" in seen.reason
+
+
+def ledgered(ledger: Ledger, script: str, **fields: Any) -> list[Run]:
+    """A run of a script, submitted."""
+    return submission.submit(ledger, row(folder=Path.cwd(), **fields), [Upload("run.sh", script.encode())])
 
 
 def test_a_run_that_saved_is_restarted_up_to_max_restarts(state: Path, nemotron: Nemotron) -> None:
