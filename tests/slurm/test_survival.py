@@ -199,3 +199,16 @@ def test_a_trainer_that_hangs_leaves_every_ranks_stack_and_goes_on(site: Site, t
     logs = [Path(run.state_dir, "logs", "attempt-0", "node-0.log")]
     logs += [Path(run.output_dir, "logs", f"rank_{rank}.log") for rank in (1, 2, 3)]
     assert all("in all_reduce_that_never_ends" in log.read_text() for log in logs), site.logs(run)
+
+
+def test_a_run_that_ends_while_its_nodes_are_taken_needs_no_successor(site: Site) -> None:
+    ends = "for number in (signal.SIGUSR1, signal.SIGTERM): signal.signal(number, lambda *_: os._exit(0))\n"
+    run = site.run(ends + TRAINS, max_restarts=1, options={"partition": "cheap", "nodelist": "node3"}, config=CONFIG)
+    run = site.submit(run)
+    site.until(run, lambda seen: "saved" in site.logs(run))
+    site.cluster.submit("--partition=urgent", "--nodelist=node3", "--exclusive", "--output=/dev/null", "--wrap=true")
+    site.cluster.until(lambda: Path(run.run_dir, "exit_code").exists(), "its end")
+    assert Path(run.run_dir, "exit_code").read_text() == "0\n"
+    seen = site.end(run)
+    assert (seen.state, seen.exit_code) == ("finished", 0), site.logs(run)
+    site.cluster.until(lambda: not site.cluster.run("squeue", "-h", f"--name={run.run_id}"), "no job that waits")
