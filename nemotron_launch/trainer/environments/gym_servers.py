@@ -68,7 +68,7 @@ class Server:
                     raise Failed("stopped", final=True)
                 if self.failures >= _FAILURES and (self.trying or time.monotonic() < self.down_until):
                     raise Failed(f"{self.name} is down", final=True)
-                if self.busy < max(1.0, self.limit):
+                if self.busy < int(self.limit):
                     break
                 self.changed.wait(1.0)
             self.busy += 1

@@ -174,24 +174,27 @@ def test_a_reply_that_drips_ends_with_the_timeout(gym, at):
 
 
 def test_a_busy_server_gets_fewer_requests_at_once(gym, at):
-    lock, now, most = threading.Lock(), [0], []
+    together, lock, now, most = threading.Barrier(8, timeout=60), threading.Lock(), [0], []
+    first = iter(range(8))
 
     def busy(body: dict[str, Any]) -> tuple[int, Any]:
         with lock:
+            refused = next(first, None) is not None
+        if refused:
+            together.wait()
+            return 503, {}
+        with lock:
             now[0] += 1
             most.append(now[0])
-            refused = now[0] > 2
-        try:
-            time.sleep(0.01)
-            return (503, {}) if refused else right_or_wrong(body)
-        finally:
-            with lock:
-                now[0] -= 1
+        time.sleep(0.01)
+        with lock:
+            now[0] -= 1
+        return right_or_wrong(body)
 
-    environments = at(gym(busy=busy), retries=10, concurrency=8)
-    (scores,) = environments.score([group("busy", size=24)])
+    (scores,) = at(gym(busy=busy), retries=2, concurrency=8).score([group("busy", size=24)])
     assert [score.reward for score in scores] == [1] * 24
-    assert max(most[:12]) > max(most[-4:])
+    # Halved eight times, then one more for each as many answers as there are places: 1, 2, 2, 3, 3, 3, …
+    assert all(at_once <= place for at_once, place in zip(most, (1, 2, 2, 3, 3, 3), strict=False))
 
 
 def test_concurrency_is_limited_and_order_kept(gym, at):
