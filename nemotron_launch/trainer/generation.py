@@ -308,8 +308,8 @@ def sample_states(
     seed: int, step: int, prompt_keys: Sequence[int], samples: Sequence[int], device: torch.device
 ) -> Tensor:
     """Where the random numbers of each (seed, step, prompt, sample) begin, int64, a prompt's samples side by side."""
-    prompt_N = torch.tensor(list(prompt_keys), device=device).repeat_interleave(len(samples))
-    sample_N = torch.tensor(list(samples), device=device).repeat(len(prompt_keys))
+    prompt_N = torch.tensor(list(prompt_keys), dtype=torch.long, device=device).repeat_interleave(len(samples))
+    sample_N = torch.tensor(list(samples), dtype=torch.long, device=device).repeat(len(prompt_keys))
     states_N = torch.zeros_like(prompt_N)
     for key in (seed, step, prompt_N, sample_N):
         states_N = _mix((states_N ^ key) + _GOLDEN)

@@ -134,9 +134,10 @@ class ServerGenerator:
         self.fresh = True
 
     def close(self) -> None:
-        """Leave the server; the weights that were handed over go."""
+        """Leave the server; the weights that were handed over go. Waits for no other rank."""
         self.http.close()
-        on_rank_0(lambda: shutil.rmtree(self.hand_over, ignore_errors=True))
+        if self.policy.layout.rank == 0:
+            shutil.rmtree(self.hand_over, ignore_errors=True)
 
     # -- asking ------------------------------------------------------------------------------------------------
 
