@@ -199,7 +199,8 @@ class Relay:
         self._sockets: list[socket.socket] = []
         self._flowing = threading.Event()
         self._flowing.set()
-        threading.Thread(target=self._accept, daemon=True).start()
+        self._accepting = threading.Thread(target=self._accept, daemon=True)
+        self._accepting.start()
 
     def cut(self) -> None:
         """End every connection now."""
@@ -216,6 +217,9 @@ class Relay:
         self._flowing.clear()
 
     def close(self) -> None:
+        # The thread ends first: it could be about to accept from a descriptor that is another socket's by then.
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._accepting.join(WAIT)
         self._listener.close()
         self._flowing.set()
         self.cut()
@@ -224,7 +228,7 @@ class Relay:
         with contextlib.suppress(OSError):
             while True:
                 client, _ = self._listener.accept()
-                server = self._connected()
+                server = socket.create_connection(("127.0.0.1", self._to), WAIT)
                 server.settimeout(None)
                 self.accepted += 1
                 self._sockets += [client, server]
@@ -232,17 +236,6 @@ class Relay:
                     each.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 threading.Thread(target=self._pump, args=(client, server, True), daemon=True).start()
                 threading.Thread(target=self._pump, args=(server, client, False), daemon=True).start()
-
-    def _connected(self) -> socket.socket:
-        """Some kernels refuse loopback's next connection for a moment after one was cut with data on its way."""
-        end = time.monotonic() + 2
-        while True:
-            try:
-                return socket.create_connection(("127.0.0.1", self._to), WAIT)
-            except ConnectionRefusedError:
-                if time.monotonic() > end:
-                    raise
-                time.sleep(0.02)
 
     def _pump(self, source: socket.socket, to: socket.socket, counted: bool) -> None:
         with contextlib.suppress(OSError):

@@ -333,10 +333,12 @@ def wants_codes(at_sshd: Sshd, config: Any) -> Iterator[dict[str, Any]]:
                 transport.start_server(server=OneTimePassword())
                 transports.append(transport)
 
-        threading.Thread(target=serve, daemon=True).start()
+        serving = threading.Thread(target=serve, daemon=True)
+        serving.start()
         config(f"Host cluster\n HostKeyAlias [127.0.0.1]:{at_sshd.port}")
         yield {**at_sshd.tunnel, "port": port}
         listener.shutdown(socket.SHUT_RDWR)
+        serving.join(20)
         for transport in transports:
             transport.close()
 
