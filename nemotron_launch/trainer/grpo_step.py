@@ -5,6 +5,7 @@ Legend: B rollouts of the step (those of one prompt in a row), N rollouts of a m
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -43,6 +44,10 @@ from nemotron_launch.trainer.policy import LossFunction, Policy
 from nemotron_launch.trainer.reference import Score
 from nemotron_launch.trainer.rollouts import Sampling
 
+log = logging.getLogger(__name__)
+# Steps in a row that teach nothing before it is said.
+DULL = 3
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -74,6 +79,7 @@ class RolloutTask:
     samples: SampleLog
     advice: str = "raise loss_fn.reference_policy_kl_penalty"
     stale: bool = True  # whether the generator lacks the newest weights
+    dull_steps: int = 0  # in a row, without a group whose rewards differ
 
     def validate(self, step: int) -> dict[str, float]:
         if self.validation is None:
@@ -87,6 +93,7 @@ class RolloutTask:
         self._refresh()
         seconds: dict[str, float] = {}
         rollouts, position, sampled = self._collect(run.config, progress)
+        self._say_if_dull(progress.step + 1, sampled)
         batch = self._judged(rollouts)
         waited = time.monotonic()
         previous, reference, batch, errors = self._logps(run.policy, batch, progress.step + 1)
@@ -117,6 +124,17 @@ class RolloutTask:
             valid_tokens=int(line["global_valid_toks"]),
             sources=lambda: list(dict.fromkeys(prompt.source for prompt in rollouts.prompts)),
         )
+
+    def _say_if_dull(self, step: int, sampled: Mapping[str, float]) -> None:
+        """Say, the third time in a row, that there is nothing to learn from."""
+        alike = sampled.get("groups_without_variance") == 1
+        self.dull_steps = self.dull_steps + 1 if alike else 0
+        if self.dull_steps == DULL:
+            log.warning(
+                "step %d: for %d steps now all answers to a prompt have had the same reward (%g on average): nothing "
+                "is learnt. nemotron steps probe shows the rewards; take easier or harder prompts, or another reward",
+                step, DULL, sampled["reward"],
+            )  # fmt: skip
 
     def _refresh(self) -> None:
         if self.stale:

@@ -12,7 +12,7 @@ log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 10.0
 # What a step's line shows of `train/…`, as far as the step has it.
-SHOWN = ("loss", "accuracy", "policy_accuracy")
+SHOWN = ("loss", "reward", "accuracy", "policy_accuracy")
 # How the loops name their speed; the first that a step has is shown.
 SPEED_KEYS = ("timing/train/tokens_per_sec", "timing/train/valid_tokens_per_sec_per_gpu")
 

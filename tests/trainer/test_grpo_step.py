@@ -229,3 +229,11 @@ def test_an_answer_whose_tool_calls_cannot_be_read_has_its_own_advantage(task):
     advantages = made.task._judged(rollouts).advantages_B.view(PROMPTS, SAMPLES)
     assert (advantages[:, 0] == -4).all()  # clipped last
     assert (advantages[:, 1:] > -4).all()
+
+
+def test_it_is_said_once_when_nothing_is_learnt(task, caplog):
+    made = task(environment=Scored(lambda rollout: Score(0.0)))
+    made.steps(4)
+    said = [record.message for record in caplog.records if "nothing is learnt" in record.message]
+    assert len(said) == 1
+    assert said[0].startswith("step 3: for 3 steps now all answers to a prompt have had the same reward (0 on average)")
