@@ -18,7 +18,7 @@ _ANNOUNCED = re.compile(
     r"|\banswer(?: is[ \t]*:?|[*_]*:)[*_]*[ \t]*",
     re.IGNORECASE | re.MULTILINE,
 )
-_BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
+_BRACES = re.compile(r"(\\(?:boxed|fbox)\s*\{)|\\.|[{}]", re.DOTALL)
 
 
 def right_answers(row: Mapping[str, Any]) -> list[str]:
@@ -58,20 +58,14 @@ def final_answer(text: str) -> str | None:
 
 
 def _last_boxed(text: str) -> tuple[int, str] | None:
-    """Where the last complete box begins, and what is in it."""
-    last = None
-    for begin in _BOXED.finditer(text):
-        content = _in_braces(text, begin.end())
-        if content is not None:
-            last = (begin.start(), content)
+    """Where the last complete box begins, and what is in it; one pass, whatever a policy repeats."""
+    last: tuple[int, str] | None = None
+    opened: list[tuple[int, int]] = []  # where each open brace begins, -1 for those of no box, and its content
+    for found in _BRACES.finditer(text):
+        if found[0] == "}":
+            begin, content = opened.pop() if opened else (-1, 0)
+            if begin >= 0 and (last is None or begin > last[0]):
+                last = (begin, text[content : found.start()])
+        elif found[1] or found[0] == "{":
+            opened.append((found.start() if found[1] else -1, found.end()))
     return last
-
-
-def _in_braces(text: str, start: int) -> str | None:
-    """The text from `start` to the brace that closes the one before it; None where none does."""
-    depth = 1
-    for brace in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, start):
-        depth += {"{": 1, "}": -1}.get(brace.group(), 0)
-        if not depth:
-            return text[start : brace.start()]
-    return None

@@ -45,7 +45,6 @@ _HARNESS = (Path(__file__).parent / "code_harness.py").read_text(encoding="utf-8
 _FENCED = re.compile(
     r"^[ \t]*```[ \t]*(?:python3?|py)?[ \t]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE | re.IGNORECASE
 )
-_TAGGED = re.compile(r"<code>(.*?)</code>", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -181,8 +180,14 @@ class CodeEnvironment:
 def program_of(text: str) -> str:
     """The program in an answer: its last fenced block, or what is in the last <code> tags; all of it without either."""
     text = without_thoughts(text)
-    found = _FENCED.findall(text) or _TAGGED.findall(text)
-    return (found[-1] if found else "" if "```" in text else text).strip("\n")
+    fenced = _FENCED.findall(text)
+    if fenced:
+        return str(fenced[-1]).strip("\n")
+    end = text.rfind("</code>")
+    begin = text.rfind("<code>", 0, max(end, 0))
+    if begin >= 0:
+        return text[begin + len("<code>") : end].strip("\n")
+    return "" if "```" in text else text.strip("\n")
 
 
 def tests_of(row: Mapping[str, Any]) -> Tests:

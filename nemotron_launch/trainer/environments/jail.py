@@ -199,7 +199,7 @@ def show(path: str, target: str, *, device: bool = False) -> None:
 def run_all(spec: dict[str, Any]) -> None:
     """Run the programs one after another, and report each."""
     for name, text in spec["files"].items():
-        with open(name, "w", encoding="utf-8") as file:
+        with open(name, "w", encoding="utf-8", errors="replace") as file:
             file.write(text)
     report({"ready": True})
     for one in spec["runs"]:
@@ -211,7 +211,7 @@ def run(one: dict[str, Any], spec: dict[str, Any]) -> dict[str, Any]:
     started = time.monotonic()
     stdin = os.memfd_create("stdin")
     with open(stdin, "wb", closefd=False) as file:
-        file.write(one["stdin"].encode())
+        file.write(one["stdin"].encode(errors="replace"))
     os.lseek(stdin, 0, os.SEEK_SET)
     out, out_end = os.pipe()
     err, err_end = os.pipe()

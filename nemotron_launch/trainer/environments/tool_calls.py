@@ -10,8 +10,8 @@ from typing import Any
 
 from nemotron_launch.trainer.environments.answers import without_thoughts
 
-_TAGGED = re.compile(r"<(tool_call|TOOLCALL|function_call)>\s*(.*?)\s*</\1>", re.DOTALL)
-_FUNCTION = re.compile(r"<function=([\w.\-]+)>\s*(.*?)\s*</function>", re.DOTALL)
+_TAG = re.compile(r"<(tool_call|TOOLCALL|function_call)>")
+_FUNCTION = re.compile(r"<function=([\w.\-]+)>")
 _FENCED = re.compile(r"```(?:json|tool_call)?[ \t]*\n(.*?)```", re.DOTALL)
 
 
@@ -30,12 +30,12 @@ class NoCall(Exception):
 def calls_of(text: str) -> list[ToolCall]:
     """The calls in an answer, in their order; empty if there are none. Raises NoCall for ones that cannot be read."""
     text = without_thoughts(text)
-    tagged = [found[2] for found in _TAGGED.finditer(text)]
+    tagged = _enclosed(text, _TAG)
     if tagged:
-        return [call for content in tagged for call in _read(content)]
-    functions = [(found[1], found[2]) for found in _FUNCTION.finditer(text)]
+        return [call for one in tagged for call in _read(one.content)]
+    functions = _enclosed(text, _FUNCTION)
     if functions:
-        return [ToolCall(name, _arguments(_json(content))) for name, content in functions]
+        return [ToolCall(one.name, _arguments(_json(one.content))) for one in functions]
     bare = text.strip().removeprefix("<|python_tag|>").strip()
     fenced = [found[1] for found in _FENCED.finditer(text)]
     for content in (bare, *fenced[-1:]):
@@ -50,12 +50,41 @@ def calls_of(text: str) -> list[ToolCall]:
 
 def words_beside(text: str) -> str:
     """What an answer says beside its calls."""
-    return _FUNCTION.sub("", _TAGGED.sub("", without_thoughts(text))).strip()
+    text = without_thoughts(text)
+    for pattern in (_TAG, _FUNCTION):
+        for one in reversed(_enclosed(text, pattern)):
+            text = text[: one.begin] + text[one.end :]
+    return text.strip()
 
 
 def calls_in(value: Any) -> list[ToolCall]:
     """The calls of parsed JSON: one, or a list. Raises NoCall."""
     return list(_calls(value))
+
+
+@dataclass(frozen=True)
+class _Enclosed:
+    """What is between a tag and its end; begin, end: of both together."""
+
+    name: str
+    content: str
+    begin: int
+    end: int
+
+
+def _enclosed(text: str, tag: re.Pattern[str]) -> list[_Enclosed]:
+    """What tags enclose, in one pass; a tag that is never closed encloses nothing."""
+    found: list[_Enclosed] = []
+    for opening in tag.finditer(text):
+        closing = "</function>" if tag is _FUNCTION else f"</{opening[1]}>"
+        if found and opening.start() < found[-1].end:
+            continue
+        end = text.find(closing, opening.end())
+        if end < 0:
+            break
+        content = text[opening.end() : end]
+        found.append(_Enclosed(opening[1], content.strip(), opening.start(), end + len(closing)))
+    return found
 
 
 def _read(content: str) -> list[ToolCall]:

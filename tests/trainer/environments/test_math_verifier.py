@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from fractions import Fraction
 
 import pytest
@@ -23,6 +24,8 @@ from nemotron_launch.trainer.environments.math import Plain, plain_number, quick
         ("#### 17\n\\boxed{18}", "18"),
         ("#### $\\boxed{18}$", "18"),
         ("\\boxed{a \\} b}", "a \\} b"),
+        ("\\boxed{\\{1, 2\\}} or {", "\\{1, 2\\}"),
+        ("\\boxed{a \\boxed{b}}", "b"),
         ("\\boxed{18", None),
         ("Answer:\n\n18", "18"),
         ("####", ""),
@@ -151,3 +154,13 @@ def test_letters_are_compared_where_the_config_says_so(opened):
     group = [[Rollout([], text, row) for text in texts]]
     assert [score.reward for score in english.score(group)[0]] == [1, 0, 0, 0, 0]
     assert [score.reward for score in others.score(group)[0]] == [1, 1, 1, 1, 0]
+
+
+@pytest.mark.parametrize(
+    "repeated", ["\\boxed{", "#### ", "answer is ", "{", "\\boxed{1}", "<think>", "A: \n", "$", "1,", "- "]
+)
+def test_what_a_policy_repeats_is_read_in_no_time(repeated):
+    started = time.process_time()
+    quick(repeated * 20_000, {"expected_answer": "18"}, {})
+    plain_number(repeated * 300)
+    assert time.process_time() - started < 2  # milliseconds where it is read once, minutes where it is not

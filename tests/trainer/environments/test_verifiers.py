@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from nemotron_launch.errors import UserError
@@ -13,7 +15,9 @@ from nemotron_launch.trainer.environments import (
     regex,
     tool_call,
 )
+from nemotron_launch.trainer.environments.code import program_of
 from nemotron_launch.trainer.environments.instruction_following import CONSTRAINTS
+from nemotron_launch.trainer.environments.tool_calls import words_beside
 
 ADD = {"name": "add", "arguments": {"a": 1, "b": [2.0]}}
 CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": [2]}}\n</tool_call>'
@@ -221,3 +225,16 @@ def test_reasoning_gym_scores_its_own_tasks(opened, scored):
     unknown = {**row, "metadata": {"source_dataset": "chain_sums"}}
     with pytest.raises(UserError, match="did you mean chain_sum"):
         opened().check([unknown], ["rows.jsonl:1"])
+
+
+@pytest.mark.parametrize(
+    "repeated", ["<tool_call>", "<tool_call> ", "<function=f>", "```\n", "{", "[", "<code>", "A ", "answer "]
+)
+def test_what_a_policy_repeats_is_read_in_no_time(repeated):
+    started = time.process_time()
+    text = repeated * 20_000
+    tool_call.verify(text, {"expected_calls": [ADD]}, {})
+    multiple_choice.verify(text, {"answer": "B", "options": OPTIONS}, {"multilingual": True})
+    words_beside(text)
+    program_of(text)
+    assert time.process_time() - started < 2  # milliseconds where it is read once, minutes where it is not
