@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import torch
@@ -163,7 +164,7 @@ class _Sampler:
         lengths = torch.zeros(count, dtype=torch.long, device=self.device)
         stopped = torch.zeros(count, dtype=torch.bool, device=self.device)
         rows = self.room_N.nonzero()[0]
-        batch = _Running(rows, self.room_N, states_N)
+        batch = _Running.start(rows, self.room_N, states_N)
         logits_NV, waste = None, 0
         if len(rows):
             logits_BV, decoder = self._prefill(rows)
@@ -242,17 +243,29 @@ class _Sampler:
         return parallel.from_last_stage(next_N)
 
 
+@dataclass
 class _Running:
     """Sequences that run together. rows_N: their places among all; over_N: who is done; length_N: tokens of each."""
 
-    def __init__(self, rows: np.ndarray, room: np.ndarray, states: Tensor) -> None:
-        self.rows_N = torch.from_numpy(rows).to(states.device)
-        self.room_N = torch.from_numpy(room[rows]).to(states.device)
-        self.states_N = states[self.rows_N]
-        self.over_N = torch.zeros_like(self.rows_N, dtype=torch.bool)
-        self.stopped_N = self.over_N.clone()
-        self.length_N = torch.zeros_like(self.rows_N)
-        self._drawn: tuple[int, Tensor] | None = None
+    rows_N: Tensor
+    room_N: Tensor
+    states_N: Tensor
+    over_N: Tensor
+    stopped_N: Tensor
+    length_N: Tensor
+    _drawn: tuple[int, Tensor] | None = field(default=None, init=False)
+
+    @staticmethod
+    def start(rows: np.ndarray, room: np.ndarray, states: Tensor) -> _Running:
+        rows_N = torch.from_numpy(rows).to(states.device)
+        none = torch.zeros_like(rows_N)
+        over = none.bool()
+        room_N = torch.from_numpy(room[rows]).to(states.device)
+        return _Running(rows_N, room_N, states[rows_N], over, over.clone(), none)
+
+    def of(self, left: Tensor) -> _Running:
+        """The sequences that go on."""
+        return _Running(*(getattr(self, part.name)[left] for part in fields(self) if part.init))
 
     def drawn(self, place: int) -> Tensor:
         """Uniform numbers for a place, made for some places at once."""
@@ -272,14 +285,6 @@ class _Running:
         """Write what is known of the sequences into the lists of all."""
         lengths.index_copy_(0, self.rows_N, self.length_N)
         stopped.index_copy_(0, self.rows_N, self.stopped_N)
-
-    def of(self, left: Tensor) -> _Running:
-        """The sequences that go on."""
-        new = object.__new__(_Running)
-        for name in ("rows_N", "room_N", "states_N", "over_N", "stopped_N", "length_N"):
-            setattr(new, name, getattr(self, name)[left])
-        new._drawn = None
-        return new
 
 
 def choose(logits_NV: Tensor, drawn_N: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
