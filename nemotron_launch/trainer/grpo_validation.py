@@ -49,7 +49,7 @@ class Validation:
             ),
             samples=grpo["val_num_generations_per_prompt"],
             batch=grpo["val_batch_size"] or len(chosen),
-            greedy=grpo["val_greedy"] and generation["val_temperature"] > 0,
+            greedy=grpo["val_greedy"] and generation["val_temperature"] > 0 and not _compared(config, chosen),
             shown=config["logger"]["num_val_samples_to_print"],
         )
 
@@ -77,6 +77,12 @@ class Validation:
             whole = done if whole is None else whole.plus(done)
         assert whole is not None
         return whole
+
+
+def _compared(config: Mapping[str, Any], prompts: Sequence[Prompt]) -> bool:
+    """Whether answers are judged in pairs: a single one has none to be compared with."""
+    judged = any(prompt.row.get("env_name") == "judge" for prompt in prompts)
+    return judged and config["env"]["judge"]["mode"] == "pairwise"
 
 
 def validation_metrics(rollouts: Rollouts, samples: int) -> dict[str, float]:
