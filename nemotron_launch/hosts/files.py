@@ -226,7 +226,7 @@ def write_whole(to: Path, chunks: Iterator[bytes], *, mode: int = 0o644, mtime: 
 
 def unpack(pipe: Pipe, to: Path) -> None:
     """Files, folders and links of an archive below a folder, each file when it is whole; nothing lands outside it."""
-    with tarfile.open(fileobj=_readable(pipe), mode="r|", errors="surrogateescape") as tar:
+    with tarfile.open(fileobj=_readable(pipe), mode="r|", bufsize=CHUNK, errors="surrogateescape") as tar:
         for member in tar:
             parts = PurePosixPath(member.name).parts
             if ".." in parts or member.name.startswith("/"):

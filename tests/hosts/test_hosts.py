@@ -7,6 +7,7 @@ import os
 import random
 import stat
 import tempfile
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -256,3 +257,17 @@ def test_whatever_is_put_is_read_and_fetched(host: Host, files: dict[str, bytes]
         assert [entry.name for entry in host.entries(folder) or []] == sorted(files)
         host.fetch(folder, Path(name) / "fetched folder")
         assert {path.name: path.read_bytes() for path in (Path(name) / "fetched folder").iterdir()} == files
+
+
+def test_a_big_file_is_fetched_without_being_held(host: Host, folder: Path, tmp_path: Path) -> None:
+    # A third of it may be held in the buffers on the way.
+    (folder / "weights").touch()
+    os.truncate(folder / "weights", 60 << 20)
+    tracemalloc.start()
+    try:
+        host.fetch(str(folder), tmp_path / "got")
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert (tmp_path / "got" / "weights").stat().st_size == 60 << 20
+    assert peak < 20 << 20
