@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from nemotron_launch.profiles import Profile
 
 DAY = 86400.0
-_PAUSE = 2.0  # seconds between two looks at an import that is waited for
+_PAUSES = 0.5, 10.0  # seconds between two looks at an import that is waited for: at first, at most
 
 images = LazyGroup(
     "images",
@@ -192,8 +192,10 @@ def _wait(host: Host, log_dir: str, job_id: str) -> int:
     """Wait for an import; its log on stderr, its exit code."""
     from nemotron_launch import image_jobs
 
+    pause, most = _PAUSES
     while (state := _job_state(host, job_id)) in ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING"):
-        time.sleep(_PAUSE)
+        time.sleep(pause)
+        pause = min(1.5 * pause, most)
     note = host.read({posixpath.join(log_dir, image_jobs.NOTE): 0})
     path = next((data.decode().strip().partition(" ")[2] for data in note.values()), "")
     log = next(iter(host.read({path: 0}).values()), b"").decode(errors="replace") if path else ""

@@ -149,7 +149,8 @@ def test_more_points_than_the_cluster_takes_are_refused_with_the_number(tree: Pa
     done = here("steps", "run", "small", "--sweep", axis, "-b", "cluster", "--profiles", str(here.profiles))
     assert done.returncode == 1, done.stdout
     assert "more points than this cluster takes in one array, which is 1001" in done.stderr
-    assert {row["state"] for row in here.points()} == {"refused"}
+    listed = json.loads(here("jobs", "list", "--limit", "2000", "--json").stdout)
+    assert [row["state"] for row in listed] == ["refused"] * 1002
 
 
 # The real trainer.
