@@ -95,9 +95,10 @@ def ensured(done: Result) -> Ensured:
     if done.code:
         said = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), f"exit code {done.code}")
         said = re.sub(r"^sbatch: (error: )?(Batch job submission failed: )?", "", said.strip())
-        hint = "the profile's build_partition and build_time are for this job"
+        key = next((key for key in ("partition", "time") if re.search(rf"\b{key}\b", said)), None)
+        hint = "the profile's build_partition and build_time are for this job" if key else None
         message = f"Slurm refuses the import of the image: {said}"
-        raise UserError(message, where="build_partition", hint=hint, exit_code=1)
+        raise UserError(message, where=f"build_{key}" if key else None, hint=hint, exit_code=1)
     jobs, notes = [], []
     for line in done.stdout.splitlines():
         key, _, value = line.partition(" ")

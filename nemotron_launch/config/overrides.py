@@ -1,7 +1,7 @@
 """Hydra's override grammar: `a.b=1`, `+a.b=1`, `++a.b=1`, `~a.b`, with numbers, text, lists and mappings as values.
 
 Written here because importing hydra-core costs more time than everything else that a dry run does. What Hydra's sweeps
-and functions (`a=1,2`, `choice(1,2)`) would mean is refused rather than read as text.
+and functions (`a=1,2`, `choice(1,2)`) would mean is refused rather than read as text; sweep_values reads it.
 """
 
 from __future__ import annotations
@@ -164,7 +164,8 @@ class Reader:
         if self.at < len(self.text):
             found = self.text[self.at]
             if found == ",":
-                fail(self.text, self.at, "one value (a list is [1,2]; text with a comma needs quotes: 'a,b')")
+                hint = "a list is [1,2]; text with a comma needs quotes: 'a,b'; a run for each: --sweep"
+                fail(self.text, self.at, f"one value ({hint})")
             fail(self.text, self.at, f"the end, found {found!r} (text with {found} in it needs quotes)")
         return value
 
