@@ -124,7 +124,7 @@ class SlurmClient:
         try:
             return image_jobs.ensured(done)
         except UserError as error:
-            self.host.run(f"rm -f {scripts.sh(posixpath.join(run.run_dir, SECRETS))}")
+            self._forget_secrets([run])
             raise Refused(error.message, where=error.where, hint=error.hint, exit_code=1) from None
 
     def _submit(
@@ -156,7 +156,7 @@ class SlurmClient:
                 if done.code == scripts.NO_SLURM:
                     raise self._no_slurm("sbatch")
                 if done.code and done.code != scripts.BUSY and not is_lost(done):
-                    self.host.run(f"rm -f {scripts.sh(posixpath.join(run.run_dir, SECRETS))}")
+                    self._forget_secrets([run])
                     raise self._too_many(done) or refused(run, done)
                 lost = no_answer("sbatch", done)
             found = self._await(run, mark, end, lost)
@@ -379,9 +379,13 @@ class SlurmClient:
                 jobs.setdefault(names[record.name].cluster, []).append(record.job_id)
         for cluster, ids in jobs.items():
             self._ask("scancel", scripts.scancel(dict.fromkeys(ids), cluster))
-        secrets = [posixpath.join(run.run_dir, SECRETS) for run in runs if run.point is None]
-        if secrets:
-            self.host.run(f"rm -f {scripts.sh_words(secrets)}")
+        self._forget_secrets(runs)
+
+    def _forget_secrets(self, runs: Sequence[Run]) -> None:
+        """Remove the secrets of runs that are over; points share theirs with others, which may be at work."""
+        files = [posixpath.join(run.run_dir, SECRETS) for run in runs if run.point is None]
+        if files:
+            self.host.run(f"rm -f {scripts.sh_words(files)}")
 
     def clear(self, run: Run) -> None:
         """See Backend."""

@@ -15,6 +15,8 @@ from nemotron_launch.jobs.run import Run
 from tests.slurm.client_runs import Site, site_of
 from tests.slurm.cluster import Cluster
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def site(accounted: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:

@@ -215,15 +215,6 @@ def test_a_cancelled_run_stays_cancelled_and_loses_its_secrets(run: NewRun, clus
     assert cluster.state(job.jobs[-1]) == "CANCELLED"
 
 
-def test_a_hang_shows_every_stack_and_ends_the_attempt(run: NewRun) -> None:
-    body = "import faulthandler\nfaulthandler.register(signal.SIGUSR2)\ndef stuck(): time.sleep(300)\nstuck()"
-    job = run(body, nodes=2, options={"hang_timeout": 3})
-    job.submit()
-    assert job.end()["ExitCode"] == "1:0", job.all()
-    assert "no step for 3 s" in job.out()
-    assert all("in stuck" in job.log(node) for node in (0, 1))
-
-
 # Services.
 
 SERVER = """

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from nemotron_launch.backends.live import Refused
+from nemotron_launch.backends.live import Refused, Submission
 from nemotron_launch.frozen import replace
 from nemotron_launch.job import Container
 from nemotron_launch.jobs.run import Run
@@ -29,6 +29,7 @@ print("saved", flush=True)
 if ATTEMPT == 0: time.sleep(300)
 """
 CONFIG = "checkpointing:\n  checkpoint_dir: output/checkpoints\n"
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
@@ -152,7 +153,6 @@ def test_a_node_that_dies_without_a_word_is_succeeded_by_the_client(site: Site) 
     assert begins(site, run) == ["0", "1"]
 
 
-@pytest.mark.slow
 def test_a_run_out_of_time_goes_on_without_having_saved(site: Site) -> None:
     deaf = "for number in (signal.SIGUSR1, signal.SIGTERM): signal.signal(number, signal.SIG_IGN)\n"
     run = site.run(deaf + TRAINS, max_restarts=1, config=CONFIG)
@@ -212,3 +212,21 @@ def test_a_run_that_ends_while_its_nodes_are_taken_needs_no_successor(site: Site
     seen = site.end(run)
     assert (seen.state, seen.exit_code) == ("finished", 0), site.logs(run)
     site.cluster.until(lambda: not site.cluster.run("squeue", "-h", f"--name={run.run_id}"), "no job that waits")
+
+
+def test_a_point_of_a_sweep_goes_on_alone(site: Site) -> None:
+    whole = site.run(TRAINS.replace("time.sleep(300)", "sys.exit(85 if RUN.name == 'point-1' else 0)"),
+                     max_restarts=1, options={"requeue": False})  # fmt: skip
+    site.client.host.put(whole.run_dir, site.files[whole.run_id])
+    array = site.cluster.submit("--array=0-1", Path(whole.run_dir, "job.sbatch"))
+    points = [
+        replace(whole, run_id=f"{whole.run_id}.{n}", sweep=whole.run_id, point=n, job_id=f"{array}_{n}",
+                state_dir=f"{whole.run_dir}/point-{n}")
+        for n in range(2)
+    ]  # fmt: skip
+    assert site.client.find(points[1]) == Submission(f"{array}_1")
+    seen = site.until(points[1], lambda seen: seen.job_id != points[1].job_id)
+    assert re.fullmatch(r"[0-9]+_1", seen.job_id)
+    ends = [site.end(points[0]), site.end(replace(points[1], job_id=seen.job_id))]
+    assert [(one.state, one.attempt) for one in ends] == [("finished", 0), ("finished", 1)], site.logs(whole)
+    assert len(site.jobs(whole)) == 3
