@@ -77,9 +77,14 @@ class Rollouts:
 
     def take(self, places: Sequence[int]) -> Rollouts:
         """Some of them."""
-        texts = [self.texts[i] for i in places] if self.texts else ()
-        kept = ([values[i] for i in places] for values in (self.prompts, self.keys, self.completions, self.scores))
-        return Rollouts(*kept, texts, self.seconds)
+        return Rollouts(
+            prompts=[self.prompts[i] for i in places],
+            keys=[self.keys[i] for i in places],
+            completions=[self.completions[i] for i in places],
+            scores=[self.scores[i] for i in places],
+            texts=[self.texts[i] for i in places] if self.texts else (),
+            seconds=self.seconds,
+        )
 
     def plus(self, more: Rollouts) -> Rollouts:
         """These, then others."""

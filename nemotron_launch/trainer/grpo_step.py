@@ -90,16 +90,18 @@ class RolloutTask:
     def step(self, run: Run, progress: Progress) -> Step:
         """Rollouts, then training on them."""
         began = time.monotonic()
+        policy = run.policy
+        assert isinstance(policy, Policy)
         self._refresh()
         seconds: dict[str, float] = {}
         rollouts, position, sampled = self._collect(run.config, progress)
         self._say_if_dull(progress.step + 1, sampled)
         batch = self._judged(rollouts)
         waited = time.monotonic()
-        previous, reference, batch, errors = self._logps(run.policy, batch, progress.step + 1)
+        previous, reference, batch, errors = self._logps(policy, batch, progress.step + 1)
         seconds["logprobs"] = time.monotonic() - waited
         waited = time.monotonic()
-        values = self._train(run.policy, batch, previous, reference)
+        values = self._train(policy, batch, previous, reference)
         self.stale = True
         seconds["policy_training"] = time.monotonic() - waited
         if rollouts.texts:
