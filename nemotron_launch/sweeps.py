@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 MOST_POINTS = 10_000
 PACKED = "points.tar.gz"  # in the run's folder: a folder for each point, see pack
 _LONGEST_NAME = 100
-_SHOWN = 5  # problems of points, in a message
+_SHOWN = 100  # different problems of points, in a message
 # What may differ between the points of an array: all else is in the one script that they share.
 _OWN = ("files", "command", "output_dir", "produces", "consumes")
 _REASONS = {
@@ -164,8 +164,10 @@ def compile_sweep(
 
 
 def pack(array: Job) -> bytes:
-    """All that is a point's own as one archive: `point-<number>/config.yaml` and `…/output_dir`, the same bytes for
-    the same points."""
+    """All that is a point's own as one archive, the same bytes for the same points.
+
+    For each `point-<number>/config.yaml`, and `output_dir` beside it, which holds that path on one line.
+    """
     import gzip
     import io
     import tarfile
@@ -174,7 +176,7 @@ def pack(array: Job) -> bytes:
     with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT, encoding="utf-8") as packed:
         for n, point in enumerate(array.points):
             for name, text in (("config.yaml", point.config), ("output_dir", f"{point.output_dir}\n")):
-                data = text.encode()
+                data = text.encode("utf-8", "surrogateescape")
                 info = tarfile.TarInfo(f"{point_folder(n)}/{name}")  # owner, group and time are 0
                 info.size, info.mode = len(data), 0o600
                 packed.addfile(info, io.BytesIO(data))
@@ -211,14 +213,15 @@ def _together(points: Sequence[Sequence[str]], wrong: Mapping[int, UserError]) -
     if len(set(said.values())) == 1 and (len(wrong) == len(points) or len(points) == 1):
         return first
     lines: list[str] = []
-    for text in dict.fromkeys(said.values()):
+    texts = list(dict.fromkeys(said.values()))
+    for text in texts[:_SHOWN]:
         numbers = [n for n in said if said[n] == text]
-        if len(lines) >= 40:
-            break
         which = f"point {numbers[0]}" if len(numbers) == 1 else f"points {_ranges(numbers)}"
         shown = f" ({' '.join(points[numbers[0]])})" if len(numbers) == 1 else ""
         lines.append(f"{which}{shown}:")
         lines += [f"    {line}" for line in text.removeprefix("error: ").replace("\n       ", "\n").splitlines()]
+    if len(texts) > _SHOWN:
+        lines.append(f"… and {len(texts) - _SHOWN} more problems")
     return UserError(f"{len(wrong)} of {len(points)} points are wrong; nothing was submitted", hint="\n".join(lines))
 
 
