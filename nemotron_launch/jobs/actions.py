@@ -17,10 +17,12 @@ from nemotron_launch.jobs.ledger import Ledger
 from nemotron_launch.jobs.process import identity
 from nemotron_launch.jobs.run import LIVE, OVER, Run, State
 from nemotron_launch.jobs.run_folder import progress
-from nemotron_launch.jobs.settle import Backends
+from nemotron_launch.jobs.settle import Backends, Warn
+from nemotron_launch.jobs.status import refresh
 from nemotron_launch.jobs.submission import check_after, forget, kept, place, secret_files, whole
 
 RESUMABLE: frozenset[State] = OVER - {"finished"}
+PURGE_PATIENCE = 120.0  # seconds for the trainers of runs to save, before their jobs stay after all
 METRICS = ("metrics.jsonl", "train.log", "config.yaml", "exit_code")
 
 
@@ -30,6 +32,28 @@ def cancel(backends: Backends, runs: Sequence[Run]) -> list[Run]:
     for group in backends.groups(live):
         backends.of(group[0]).cancel(group)
     return live
+
+
+def check_purge(runs: Sequence[Run]) -> None:
+    """UserError: the executor of one of these keeps nothing of a job that could be deleted."""
+    if other := next((run for run in runs if run.executor != "lepton"), None):
+        raise UserError(f"{other.run_id} is a run of {other.executor}", where="--purge", hint="--purge is Lepton's")
+
+
+def purge(ledger: Ledger, backends: Backends, runs: Sequence[Run], warn: Warn) -> set[str]:
+    """Delete the jobs of runs, as soon as these are over: their trainers may save; which runs' jobs were deleted."""
+    end, done = time.monotonic() + PURGE_PATIENCE, set()
+    while left := [run for run in runs if run.run_id not in done]:
+        for one in refresh(ledger, backends, left, warn):
+            if one.run.state in OVER:
+                backends.of(one.run).purge(one.run)  # type: ignore[attr-defined]  # as check_purge saw to
+                done.add(one.run.run_id)
+        runs = [ledger.get(run.run_id) or run for run in left]
+        if time.monotonic() > end:
+            break
+        if len(done) < len(left):
+            time.sleep(1.0)
+    return done
 
 
 def resubmit(

@@ -53,8 +53,11 @@ class RunExists(UserError):
 
 def state_folder() -> Path:
     """Where the ledger lies, and the files of its runs: NEMOTRON_STATE_DIR, else ~/.local/share/nemotron."""
-    given = os.environ.get("NEMOTRON_STATE_DIR")
-    return Path(given).expanduser().absolute() if given else Path.home() / ".local" / "share" / "nemotron"
+    given = os.environ.get("NEMOTRON_STATE_DIR") or "~/.local/share/nemotron"
+    folder = os.path.expanduser(given)
+    if folder.startswith("~"):
+        raise UserError(f"there is no home folder for {given}", hint="set NEMOTRON_STATE_DIR", exit_code=1)
+    return Path(os.path.abspath(folder))
 
 
 class Ledger:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 SECRETS = "secrets.env"
 _KEPT = "runs"
+_LEFT = 86400.0  # seconds after which files that were never given a name are nobody's
 
 
 def new_run(job: Job, overrides: Sequence[str] = (), *, after: Sequence[Run] = ()) -> Run:
@@ -223,6 +224,9 @@ def forget(folder: Path, run_id: str) -> None:
         for path in (folder / "bundles").iterdir():
             if path.stat().st_nlink == 1:
                 path.unlink()
+        for path in (folder / _KEPT).glob(".*"):  # of clients that were killed
+            if path.stat().st_mtime < time.time() - _LEFT:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _keep_apart(folder: Path, run_id: str, files: Sequence[Upload]) -> Path:
@@ -255,7 +259,9 @@ def _linked(shared: Path, file: Upload, path: Path) -> bool:
             passing.replace(shared)
         path.unlink()
         path.hardlink_to(shared)
-    return path.exists() and path.stat().st_size == len(file.data)
+        return True
+    path.touch(mode=file.mode)  # `prune` may have taken the shared one away just now
+    return False
 
 
 def _keep(folder: Path, run_id: str, passing: Path) -> None:

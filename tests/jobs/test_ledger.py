@@ -28,6 +28,16 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
         yield opened
 
 
+def test_it_lies_where_the_environment_says_or_at_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    for given, folder in (("~/there", "/home/me/there"), ("/a/../b", "/b"), ("", "/home/me/.local/share/nemotron")):
+        monkeypatch.setenv("NEMOTRON_STATE_DIR", given)
+        assert ledgers.state_folder() == Path(folder)
+    monkeypatch.setenv("NEMOTRON_STATE_DIR", "~nobody-of-this-name/x")
+    with pytest.raises(UserError, match="there is no home folder"):
+        ledgers.state_folder()
+
+
 def test_folder_and_file_are_the_user_s_alone(tmp_path: Path) -> None:
     before = os.umask(0)
     try:
