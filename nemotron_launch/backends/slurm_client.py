@@ -188,6 +188,8 @@ class SlurmClient:
                 patient_until = time.monotonic() + self._settle
                 if time.monotonic() > end:
                     raise error from lost
+            except UserError as error:  # such as a login that is refused this time: the job may exist all the same
+                raise Unreachable(error.message, where=error.where, hint=error.hint, exit_code=1) from lost
             else:
                 if found:
                     return found

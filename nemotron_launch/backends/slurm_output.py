@@ -102,7 +102,9 @@ class Folder:
     @property
     def holder(self) -> str:
         """The job that works on the run, or did last: each successor has taken the place of the one before."""
-        holder, seen = self.claims.get("", ""), set[str]()
+        # A job whose nodes never came up has made no claim; its successor has made the first.
+        first = next((job for job in self.claims if job not in self.claims.values()), "")
+        holder, seen = self.claims.get("") or first or (self.successor[0] if self.successor else ""), set[str]()
         while holder in self.claims and holder not in seen:
             seen.add(holder)
             holder = self.claims[holder]

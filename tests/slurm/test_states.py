@@ -236,6 +236,10 @@ def test_the_job_that_counts_is_the_last_of_the_chain() -> None:
     assert found["/runs/none"] == Folder()
     open_wish = folders(printed.replace("8 11 2", "8 - 2"))["/runs/a"]
     assert open_wish.wants_heir and not open_wish.heir
+    # A job whose nodes did not boot has claimed nothing.
+    booting = folders("@@x\nthere\nsuccessor 5 8 1 a node did not boot\n")["x"]
+    assert (booting.holder, booting.heir) == ("5", "8")
+    assert folders("@@x\nthere\nclaim:5 8 1\n")["x"].holder == "8"
     # One that hands the run on to itself in a circle, as nobody should, is still read.
     assert folders("@@x\nthere\nclaim: 5 0\nclaim:5 5 1\n")["x"].holder == "5"
 
