@@ -30,8 +30,8 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
 
 def test_it_lies_where_the_environment_says_or_at_home(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
-    for given, folder in (("~/there", "/home/me/there"), ("/a/../b", "/b"), ("", "/home/me/.local/share/nemotron")):
-        monkeypatch.setenv("NEMOTRON_STATE_DIR", given)
+    for said, folder in (("~/there", "/home/me/there"), ("/a/../b", "/b"), ("", "/home/me/.local/share/nemotron")):
+        monkeypatch.setenv("NEMOTRON_STATE_DIR", said)
         assert ledgers.state_folder() == Path(folder)
     monkeypatch.setenv("NEMOTRON_STATE_DIR", "~nobody-of-this-name/x")
     with pytest.raises(UserError, match="there is no home folder"):
