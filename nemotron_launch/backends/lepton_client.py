@@ -36,11 +36,16 @@ _OVER = ("Completed", "Failed", "Stopped", "Deleted", "Archived")
 
 
 class LeptonClient:
-    """A workspace. settle: seconds to wait, before a job counts as never made, for one that is on its way."""
+    """A workspace. settle: seconds to wait, before a job counts as never made, for one that is on its way.
 
-    def __init__(self, contact: Mapping[str, Any], *, api: Api | None = None, settle: float = 2.0) -> None:
-        self._contact = contact
-        self._made = api
+    looks: seconds between looks for a job whose making was not answered. retry_for, deadline: as of Api.
+    """
+
+    def __init__(
+        self, contact: Mapping[str, Any], *, settle: float = 2.0, looks: Sequence[float] = _LOOKS, **limits: float
+    ) -> None:
+        self._contact, self._looks, self._limits = contact, looks, limits
+        self._made: Api | None = None
         self._logs: Logs | None = None
         self._settle = settle
         self._ids: dict[str, str] = {}  # of node groups, by name
@@ -57,7 +62,7 @@ class LeptonClient:
     @property
     def _api(self) -> Api:
         if self._made is None:
-            self._made = Api(self._access())
+            self._made = Api(self._access(), **self._limits)
         return self._made
 
     def _access(self) -> Access:
@@ -128,7 +133,7 @@ class LeptonClient:
 
     def _arrived(self, run: Run, name: str) -> Submission | None:
         """A job whose making was not answered, as soon as it is there. Unreachable: nobody knows."""
-        for pause in (0.0, *_LOOKS):
+        for pause in (0.0, *self._looks):
             time.sleep(pause)
             try:
                 if found := self._only_one(run, name):

@@ -20,6 +20,7 @@ _AHEAD = 256 << 10  # bytes of a replica that wait to be read; its connection wa
 _ANCHOR = 4096  # bytes by which a place is found again
 _SETTLED = 0.5  # seconds without a byte after which a log counts as read, while its job lives
 _SETTLED_OVER = 5.0  # the same, once its job is over and the service should end the stream
+_AWAY = 5.0  # seconds that a connection that was cut may take to come back, while others are not kept waiting
 _LONGEST_READ = 10.0  # seconds that one read waits at most
 _FURTHEST = 20  # pages back in which the last text that was had is looked for
 _PAGE = 1000  # lines that the log store is asked for at once
@@ -85,6 +86,7 @@ class _Reader:
         self._changed = threading.Condition()
         self._stop = threading.Event()
         self._idle_since: float | None = None  # when the last byte came, or the connection stood
+        self._cut_since: float | None = None  # since when no connection stands
         self._resting = False  # all that there is for now has come
         self._final = False  # nothing will come any more
         threading.Thread(target=self._run, name=f"log {key[1]}", daemon=True).start()
@@ -96,6 +98,8 @@ class _Reader:
         with self._changed:
             if self._waiting or self.error or self._final or (self._resting and not over):
                 return True
+            if self._cut_since is not None:
+                return time.monotonic() - self._cut_since > _AWAY
             since = self._idle_since
             return since is not None and time.monotonic() - since > (_SETTLED_OVER if over else _SETTLED)
 
@@ -130,6 +134,7 @@ class _Reader:
                 ended = error.status < 429  # not there, or no longer
             except UserError:
                 pass  # cut, or away: the next one goes on
+            self._cut_since = None if ended or not live else self._cut_since or time.monotonic()
             if self._stop.is_set():
                 return
             if ended or not live:
@@ -219,7 +224,7 @@ class _Reader:
             while len(self._waiting) > _AHEAD and not self._stop.is_set():
                 self._changed.wait(1.0)
             self._waiting += wanted
-            self._idle_since = time.monotonic()
+            self._idle_since, self._cut_since = time.monotonic(), None
 
     def _touch(self) -> None:
         with self._changed:

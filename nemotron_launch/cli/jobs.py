@@ -157,7 +157,8 @@ def wait(ctx: click.Context, names: tuple[str, ...], quiet: bool) -> None:
 
 @click.command()
 @RUNS
-def cancel(names: tuple[str, ...]) -> None:
+@click.option("--purge", is_flag=True, help="Delete the job too, with the log that the executor keeps (Lepton).")
+def cancel(names: tuple[str, ...], purge: bool) -> None:
     """End runs for good: they are not restarted. A trainer that can saves first.
 
     On this machine a second `cancel` ends a run at once, without saving.
@@ -167,11 +168,16 @@ def cancel(names: tuple[str, ...]) -> None:
 
     with opened() as (ledger, backends):
         found = [one.run for one in refresh(ledger, backends, _named(ledger, names), warn)]
+        if purge:
+            actions.check_purge(found)
         live = {run.run_id for run in actions.cancel(backends, found)}
-        for one in refresh(ledger, backends, found, warn):
+        after = refresh(ledger, backends, found, warn)
+        purged = actions.purge(ledger, backends, [one.run for one in after], warn) if purge else set()
+        for one in refresh(ledger, backends, [one.run for one in after], warn):
             over = one.run.run_id not in live
             ending = "is ending" if one.run.state in ("pending", "running", "submitting") else one.run.state
-            click.echo(f"{one.run.run_id}: {f'was over already, {one.run.state}' if over else ending}")
+            text = f"was over already, {one.run.state}" if over else ending
+            click.echo(f"{one.run.run_id}: {text}{'; its job is deleted' * (one.run.run_id in purged)}")
 
 
 @click.command()

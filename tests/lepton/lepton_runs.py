@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,17 @@ def wait(
 
 
 def client(run: Run) -> LeptonClient:
-    return LeptonClient(run.contact, settle=0.2)
+    """A client that gives up soon."""
+    return hasty(run.contact)
+
+
+def hasty(contact: Mapping[str, Any]) -> LeptonClient:
+    return LeptonClient(contact, settle=0.1, looks=(0.02, 0.05), retry_for=0.4, deadline=0.3)
+
+
+def spec_of(files: Sequence[Upload]) -> dict[str, Any]:
+    spec: dict[str, Any] = json.loads(next(file.data for file in files if file.path == "job.json"))
+    return spec
 
 
 def fail(text: str) -> None:

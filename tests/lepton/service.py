@@ -32,7 +32,8 @@ GRACE = 20.0  # seconds from TERM to KILL, of Kubernetes 30
 @dataclass
 class Fault:
     """What happens to a call, `times` times. call: "POST jobs". kind: a status, "reset", "lost" (done, then reset),
-    "drip" (done, a byte at a time), "cut" (done, half the answer), "garbage" (done, no JSON)."""
+    "drip" (done, a byte at a time), "cut" (done, half the answer), "garbage" (done, no JSON), "late" (done after a
+    second)."""
 
     call: str
     kind: int | str
@@ -234,6 +235,8 @@ class _Handler(BaseHTTPRequestHandler):
         if "//" in path or self.headers.get("Authorization") != f"Bearer {TOKEN}":
             self._send(401, {"message": f"bad token {self.headers.get('Authorization')}"})
             return
+        if fault and fault.kind == "late":
+            time.sleep(1.0)
         if call == "GET log":
             self._stream(words[1], words[3], fault)
             return
