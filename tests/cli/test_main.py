@@ -150,6 +150,10 @@ HEAVY = ("torch", "transformers", "datasets", "megatron", "numpy", "pydantic")
             ["steps", "run", "dpo", "-c", "tiny", "-d"],
             ("rich", "jsonschema", "omegaconf", "jinja2", "urllib.request", "sqlite3", "paramiko", "httpx"),
         ),
+        (
+            ["steps", "run", "dpo", "-b", "slurm", "-d", "--sweep", "dpo.seed=1,2"],
+            ("rich", "jsonschema", "omegaconf", "sqlite3", "paramiko", "httpx", "nemotron_launch.hosts"),
+        ),
         (["jobs", "list"], ("rich", "yaml", "jinja2", "paramiko", "httpx", "nemotron_launch.catalog")),
     ],
 )
