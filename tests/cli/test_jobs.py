@@ -13,7 +13,9 @@ from nemotron_launch.jobs.ledger import Ledger
 from tests.conftest import Nemotron
 from tests.hosts.terminal import in_terminal
 from tests.jobs.rows import row
-from tests.jobs.test_local_runs import SFT, until
+from tests.jobs.test_local_runs import SFT, state, until
+
+__all__ = ["state"]
 
 HOSTILE = "a\x1b[2Jb\nc\udc80\u202e"
 
@@ -107,8 +109,7 @@ def test_what_has_gone_without_a_trace_is_lost_after_a_while(ledger: Ledger, nem
     assert states == {"young": "running", "gone": "lost", "away": "running"}
 
 
-def test_ctrl_c_asks_what_to_do(tree: Path, nemotron: Nemotron) -> None:
-    Path("rows.jsonl").write_text("{}\n")
+def test_ctrl_c_asks_what_to_do(state: Path, nemotron: Nemotron) -> None:
     assert nemotron(*SFT, "-b", "local", "--run-id", "mine", "wait=true").returncode == 0
     until(lambda: Path("out/sft/ready").exists(), "a run at work")
     code = "from nemotron_launch.cli.main import main; main(['jobs', 'attach', 'mine'])"
