@@ -80,7 +80,8 @@ class _Session:
         self._mark = secrets.token_hex(16)
         program = loop(self._mark, login=way.login)
         self._link = way.start(remote_command(program))
-        self.open = True
+        self._open = True
+        self._owes = False  # an answer, which nobody may have waited for
         said = bytearray()
         try:
             for chunk in self._answer(self._send(program.encode()), quiet=QUIET, said=said):
@@ -105,19 +106,20 @@ class _Session:
         return self._answer(self._send(request + stdin), quiet=quiet, total=total)
 
     def alive(self) -> bool:
-        """Whether the link has not ended, as far as this machine knows."""
-        if self.open:
+        """Whether it can be asked: the link has not ended, as far as this machine knows, and owes no answer."""
+        if self._open and not self._owes:
             with suppress(EOFError, OSError):
                 self._link.receive(0)
                 return True
-            self.close()
+        self.close()
         return False
 
     def close(self) -> None:
-        self.open = False
+        self._open = False
         self._link.close()
 
     def _send(self, request: bytes) -> _Sender:
+        self._owes = True
         try:
             return _Sender(self._link, request)
         except OSError:
@@ -130,7 +132,6 @@ class _Session:
     ) -> Generator[bytes, None, _Answer]:
         out, err = _Marked(self._mark.encode() * 2), _Marked(self._mark.encode() * 2)
         heard = asked = time.monotonic()
-        complete = False
         try:
             while not (out.whole and err.found):
                 now = time.monotonic()
@@ -147,7 +148,7 @@ class _Session:
                 err.keep(new_err)
                 if said is not None:
                     said += new_err[:1000]
-            complete = True
+            self._owes = False
             return _Answer(int(out.behind), err.text)
         except (EOFError, OSError):
             text = f"{self._name} ended the connection"
@@ -155,7 +156,7 @@ class _Session:
                 said += out.held
             raise self._link.ended() or _Ended(text, hint=ANEW, exit_code=1) from None
         finally:
-            if not complete:
+            if self._owes:
                 self.close()
 
 
@@ -304,8 +305,9 @@ class Remote:
         total: float | None = None,
     ) -> _Answer:
         with self._lock:
-            pieces = self._begun(script, stdin, total)
+            self._opened()  # which a Ctrl-C may end: it may ask for a password
             with _uninterrupted():
+                pieces = self._begun(script, stdin, total)
                 for piece in pieces:
                     each(piece)
         assert pieces.answer is not None

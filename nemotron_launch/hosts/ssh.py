@@ -7,7 +7,6 @@ import logging
 import os
 import select
 import selectors
-import shutil
 import signal
 import socket
 import subprocess
@@ -258,11 +257,10 @@ def _through(command: str, ways: ExitStack) -> socket.socket:
 
 def _in_terminal(channel: paramiko.Channel, command: str) -> int:
     """Run a command with this terminal: every key goes there, Ctrl-C too, and the window's size follows."""
-    size = shutil.get_terminal_size()
-    channel.get_pty(os.environ.get("TERM", "xterm"), size.columns, size.lines)
+    channel.get_pty(os.environ.get("TERM", "xterm"), *os.get_terminal_size(0))
     channel.exec_command(command)
     before = termios.tcgetattr(0)
-    resized: Callable[..., None] = lambda *_: channel.resize_pty(*shutil.get_terminal_size())  # noqa: E731
+    resized: Callable[..., None] = lambda *_: channel.resize_pty(*os.get_terminal_size(0))  # noqa: E731
     handler = signal.signal(signal.SIGWINCH, resized)
     try:
         tty.setraw(0)

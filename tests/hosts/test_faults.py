@@ -240,3 +240,11 @@ def test_a_folder_that_is_not_ours_is_said(own: Sshd, client: str, tmp_path: Pat
     with pytest.raises(UserError, match="permission denied"):
         host.put(f"{tmp_path}/theirs/run", [Upload("a", b"1")])
     host.close()
+
+
+def test_an_answer_that_nobody_waited_for_is_not_taken_for_the_next_one_s(own: Sshd, client: str) -> None:
+    host = open_host({**own.tunnel, "client": client})
+    assert isinstance(host, session.Remote)
+    host._begun("echo first", b"", None)  # as a Ctrl-C between the request and its answer leaves it
+    assert host.run("echo second").stdout == "second\n"
+    host.close()

@@ -59,9 +59,9 @@ def test_without_a_terminal_it_is_a_pipe(sshd: Sshd, tunnel: dict[str, Any]) -> 
 
 def test_ctrl_c_waits_for_the_answer_and_keeps_the_connection(sshd: Sshd) -> None:
     code = OPEN.format(json.dumps(sshd.tunnel)) + (
-        "host.run('true'); print('re' + 'ady', flush=True)\n"
-        "try: print('lost', host.run('sleep 1; echo done').stdout)\n"
-        "except KeyboardInterrupt: print('interrupted', host.run('echo $PPID; echo again').stdout)"
+        "host.run('true'); ready = 'echo ready >' + os.ttyname(0)\n"
+        "try: print('lost', host.run(ready + '; sleep 1; echo done').stdout)\n"
+        "except KeyboardInterrupt: print('interrupted', host.run('echo again').stdout)"
     )
     _, shown = in_terminal(code, [("ready", "\x03")], env=sshd.environment)
     assert "interrupted" in shown and "again" in shown, shown
