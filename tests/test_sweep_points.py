@@ -190,6 +190,7 @@ def test_an_array_holds_every_point_and_one_script(tmp_path: Path) -> None:
     assert made.array and made.rendered
     text = made.rendered.text
     assert "#SBATCH --array=0-4%2\n" in text and "/slurm-%A_%a.out\n" in text
+    assert 'local folder="$output_dir"/checkpoints' in text
     assert '--output-dir "$output_dir"' in text and '--config "$state_dir"/config.yaml' in text
     assert [file.path for file in made.rendered.files] == ["job.sbatch", "node.sh", "shell.sh"]
     with tarfile.open(fileobj=io.BytesIO(pack(made.array))) as packed:

@@ -177,7 +177,7 @@ def _checkpoints(job: Job) -> str:
         folder = yaml.safe_load(folder)
     if not job.points:
         return _word(posixpath.join(job.workdir, folder), "checkpointing.checkpoint_dir")
-    inside = posixpath.relpath(folder, job.points[0].output_dir)
+    inside = posixpath.relpath(posixpath.join(job.workdir, folder), job.points[0].output_dir)
     return "" if inside.startswith("..") else f'"$output_dir"/{_word(inside)}'
 
 
