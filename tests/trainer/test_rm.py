@@ -186,7 +186,7 @@ def test_a_head_grows_on_the_policys_own_weights(rm: Any, start: Run, layout: An
     run = rm(
         rm__max_num_steps=1,
         policy__megatron_cfg__optimizer__lr=1e-30,
-        **{"policy__megatron_cfg__scheduler__lr_warmup_init": 0},
+        policy__megatron_cfg__scheduler__lr_warmup_init=0,
     )
     finished = run.go()
     assert finished.code == 0, finished.said
