@@ -24,6 +24,7 @@ TRIES = 3
 def authenticate(transport: paramiko.Transport, there: Contact) -> None:
     """Prove who we are, by whatever of keys, codes and passwords the server takes; several where it wants several."""
     tried: list[str] = []
+    wanted: list[str] = []
     transport.auth_timeout = ANSWER
     try:
         wanted = _methods(transport, there)
@@ -35,14 +36,12 @@ def authenticate(transport: paramiko.Transport, there: Contact) -> None:
         raise _denied(there, error.allowed_types, tried) from None
     except paramiko.AuthenticationException as error:
         if not transport.is_active():
-            raise _too_many(there, tried) from None
+            raise _hung_up(there, tried) from None
         if "timeout" in str(error):
             raise Unreachable(f"{there.name} did not answer the sign-in", exit_code=1) from None
         raise _denied(there, wanted, tried) from None
-    except (paramiko.SSHException, EOFError, OSError) as error:
-        if not transport.is_active() and tried:
-            raise _too_many(there, tried) from None
-        raise Unreachable(f"{there.name} ended the connection during the sign-in: {error}", exit_code=1) from None
+    except (paramiko.SSHException, EOFError, OSError):
+        raise _hung_up(there, tried) from None
 
 
 def _methods(transport: paramiko.Transport, there: Contact) -> list[str]:
@@ -242,6 +241,9 @@ def _denied(there: Contact, allowed: list[str], tried: list[str]) -> UserError:
     return UserError(f"{there.name}: permission denied", hint=hint, exit_code=1)
 
 
-def _too_many(there: Contact, tried: list[str]) -> UserError:
-    hint = f"tried: {', '.join(tried) or 'nothing yet'}\nname the one that it takes in tunnel.identity"
+def _hung_up(there: Contact, tried: list[str]) -> UserError:
+    if not tried:
+        hint = "the server may be overloaded or refuse this address; try again"
+        return Unreachable(f"{there.name} ended the connection during the sign-in", hint=hint, exit_code=1)
+    hint = f"tried: {', '.join(tried)}\nname the one that it takes in tunnel.identity"
     return UserError(f"{there.name} hung up: too many keys that it does not take", hint=hint, exit_code=1)

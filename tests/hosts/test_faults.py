@@ -128,6 +128,15 @@ def test_a_frozen_server_does_not_hang_a_connection(own: Sshd, monkeypatch: pyte
         open_host(own.tunnel).run("true")
 
 
+def test_a_connection_cut_anywhere_in_the_sign_in_is_out_of_reach(own: Sshd, wire: Relay, client: str) -> None:
+    for bytes_sent in range(30, 3000, 350):  # a connection with its first command sends 3,200 (paramiko) or 4,900
+        host = open_host({**own.tunnel, "client": client, "port": wire.port})
+        wire.cut_after(bytes_sent)
+        with pytest.raises(Unreachable, match="@cluster"):
+            host.run("true")
+        host.close()
+
+
 def test_a_frozen_server_does_not_hang_an_upload(
     own: Sshd, client: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
