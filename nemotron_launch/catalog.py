@@ -71,7 +71,7 @@ class Entry:
 
 @frozen
 class Step:
-    """A step's manifest. `folder` is where it lies. trains: False where it can be compiled but not run; note: why."""
+    """A step's manifest. `folder` is where it lies; note: what to know before anything else."""
 
     id: str
     name: str
@@ -89,7 +89,6 @@ class Step:
     entry: Entry
     reference: dict[str, str]
     folder: Path
-    trains: bool = True
     note: str = ""
 
     @property
@@ -135,21 +134,6 @@ def load_steps(root: Path | None = None) -> list[Step]:
 def load_step(folder: Path) -> Step:
     """The step whose manifest lies in this folder. UserError: there is none."""
     return _load_step(folder / "step.yaml", folder.parent)
-
-
-def require_trains(step: Step) -> None:
-    """Raise where this version can compile, check and render a step, but not run it."""
-    if not step.trains:
-        raise untrained(step)
-
-
-def untrained(step: Step) -> UserError:
-    """What to say of a step that cannot be run yet."""
-    return UserError(
-        "this version compiles, checks and renders the step, but does not train it yet",
-        where=step.id,
-        hint=f"nemotron steps run {step.id} -d  shows what would run",
-    )
 
 
 def load_artifacts(root: Path | None = None) -> dict[str, ArtifactType]:
@@ -296,7 +280,6 @@ def _load_step(path: Path, root: Path) -> Step:
             entry=Entry(**{**data["entry"], "passthrough": tuple(data["entry"].get("passthrough") or ())}),
             reference=dict(data.get("reference") or {}),
             folder=path.parent,
-            trains=data.get("trains", True),
             note=data.get("note", ""),
         )
         if not all(isinstance(text, str) for text in (step.id, step.name, step.category, step.description, step.image)):

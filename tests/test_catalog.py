@@ -10,7 +10,7 @@ import pytest
 import yaml
 from jsonschema import Draft202012Validator
 
-from nemotron_launch.catalog import find_config, find_step, load_artifacts, load_steps, require_trains, select
+from nemotron_launch.catalog import find_config, find_step, load_artifacts, load_steps, select
 from nemotron_launch.errors import UserError
 from tests.step_trees import REPOSITORY, add_step, manifest
 
@@ -158,14 +158,3 @@ def test_a_missing_folder_of_steps_says_what_names_it(tmp_path: Path, monkeypatc
     with pytest.raises(UserError, match="no such folder of steps") as caught:
         load_steps()
     assert "NEMOTRON_STEPS" in (caught.value.hint or "")
-
-
-def test_a_step_trains_unless_its_manifest_says_otherwise(tree: Path) -> None:
-    add_step(tree, "rl/later", trains=False, note="Not yet.")
-    trains = {step.id: step.as_json()["trains"] for step in load_steps()}
-    assert trains == {"rl/later": False, "rl/pairs": True, "sft/small": True}
-    assert find_step("later").as_json()["note"] == "Not yet."
-    require_trains(find_step("pairs"))
-    with pytest.raises(UserError, match="does not train it yet") as caught:
-        require_trains(find_step("later"))
-    assert (caught.value.where, caught.value.exit_code) == ("rl/later", 2)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from nemotron_launch.backends import local_folder
 from nemotron_launch.backends.live import Seen
-from nemotron_launch.catalog import Step, require_trains
+from nemotron_launch.catalog import Step
 from nemotron_launch.errors import UserError
 from nemotron_launch.frozen import replace
 from nemotron_launch.inputs import check_inputs, stages
@@ -46,7 +46,6 @@ def run_stages(
     """Run a step here, first the steps that make what it lacks; the exit code of the last one that ran."""
     from nemotron_launch.jobs.attached import recorded
 
-    require_trains(step)
     composed = compose_for(step, config, overrides, profile)
     planned = stages(step, composed, profile, passthrough, run_id=run_id)
     for stage in planned:

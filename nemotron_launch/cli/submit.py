@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nemotron_launch.catalog import Step, require_trains
+from nemotron_launch.catalog import Step
 from nemotron_launch.cli.jobs import warn
 from nemotron_launch.errors import UserError
 from nemotron_launch.frozen import frozen, replace
@@ -49,7 +49,6 @@ def submit_run(
     run_id: str | None = None,
 ) -> int:
     """Submit a step to where the profile says; the exit code of the command, attached that of the run."""
-    require_trains(step)
     if asked.after and profile.executor == "lepton":
         hint = f"nemotron jobs wait {asked.after[0]} waits for it here"
         raise UserError("Lepton's jobs cannot wait for another one", where="--after", hint=hint)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemotron_launch.catalog import Step, require_trains
+from nemotron_launch.catalog import Step
 from nemotron_launch.errors import UserError
 from nemotron_launch.frozen import frozen
 from nemotron_launch.sweeps import Sweep, compile_sweep, read_points
@@ -59,7 +59,6 @@ def submit_sweep(
     from nemotron_launch.cli.submit import submit_all
     from nemotron_launch.jobs.sweep_submission import plan_submission
 
-    require_trains(step)
     sweep = _compiled(step, config, asked, overrides, profile, passthrough, attached=how.attached, submits=True)
     for warning in sweep.warnings:
         warn(warning)

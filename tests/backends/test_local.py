@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Nemotron
-from tests.step_trees import REPOSITORY, add_step
+from tests.step_trees import REPOSITORY
 
 COMMAND = [sys.executable, "-m", "nemotron_launch", "steps", "run", "small", "wait=true"]
 
@@ -136,12 +136,3 @@ def test_without_the_trainer_the_message_says_how_to_install_it(tree: Path) -> N
         "error: sft/small trains in this Python, which lacks torch and megatron-core\n"
         "       install the trainer:  pip install 'nemotron-launch[train]'   (with uv:  uv sync --extra train)\n"
     )
-
-
-def test_a_step_that_does_not_train_yet_is_refused_before_anything_is_written(tree: Path, nemotron: Nemotron) -> None:
-    add_step(tree, "rl/later", trains=False, note="Not yet.")
-    before = sorted(Path().rglob("*"))
-    result = nemotron("steps", "run", "later")
-    assert result.returncode == 2
-    assert result.stderr.startswith("error: rl/later: this version compiles, checks and renders the step")
-    assert sorted(Path().rglob("*")) == before
