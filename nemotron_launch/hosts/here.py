@@ -99,14 +99,13 @@ class Here:
             raise _refusal("cannot copy", path, error) from None
 
     def interactive(self, script: str) -> int:
-        environ = clean(os.environ, terminal=True)
-        process = subprocess.Popen(["/bin/sh", "-c", script], env=environ)
-        while True:
-            try:
-                code = process.wait()
-                return 128 - code if code < 0 else code
-            except KeyboardInterrupt:
-                continue  # theirs: they have the same terminal
+        # Ctrl-C is theirs: they have the same terminal. A handler, since what is ignored stays so in a child.
+        before = signal.signal(signal.SIGINT, lambda number, frame: None)
+        try:
+            code = subprocess.call(["/bin/sh", "-c", script], env=clean(os.environ, terminal=True))
+        finally:
+            signal.signal(signal.SIGINT, before)
+        return 128 - code if code < 0 else code
 
     def close(self) -> None:
         pass
