@@ -261,7 +261,7 @@ class Api:
             )
             hint = "is it the token of this workspace?"
         elif status == 404 and path in ("/workspace", "/dedicated-node-groups", "/jobs", "/shapes", "/usersecrets"):
-            message = f"there is no {self._where}" + (f": {said}" if said else "")
+            message = f"there is no Lepton workspace {self._access.workspace}" + (f": {said}" if said else "")
             hint = f"workspace and workspace_url of the profile; asked was {self._access.url}"
         else:
             what = f"{method} {_short(path)}"

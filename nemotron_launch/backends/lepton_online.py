@@ -50,6 +50,22 @@ def look(
     return Found(ids, tuple(problems), tuple(notes))
 
 
+def look_for_profile(api: Api, data: Mapping[str, Any], secrets: Sequence[str]) -> Found:
+    """Ask for all that a profile names; notes say what was found. secrets: its references."""
+    groups = data.get("node_group") or ()
+    groups = [groups] if isinstance(groups, str) else list(groups)
+    logins = list(data.get("image_pull_secrets") or ())
+    found = look(api, groups=groups, shape=str(data.get("resource_shape") or ""), secrets=secrets, logins=logins)
+    notes = [f"node group {name} is {id_}" for name, id_ in found.ids.items()]
+    quota = _readable(api.workspace, "quota", [])
+    quota = quota.get("resource_quota") if isinstance(quota, dict) else None
+    if isinstance(quota, dict) and isinstance(quota.get("limit"), dict) and isinstance(quota.get("used"), dict):
+        limit, used = (quota[key].get("accelerator_num") for key in ("limit", "used"))
+        if limit:
+            notes.append(f"GPUs of the workspace: {used or 0:g} of {limit:g} in use")
+    return Found(found.ids, found.problems, (*notes, *found.notes))
+
+
 def _groups(wanted: Sequence[str], have: Sequence[Mapping[str, Any]], problems: list[UserError]) -> dict[str, str]:
     ids = [str(_metadata(one).get("id") or "") for one in have]
     found: dict[str, str] = {}

@@ -78,8 +78,9 @@ def show(name: str, profiles: Path | None, as_json: bool) -> None:
 @click.command()
 @click.argument("names", nargs=-1, metavar="[NAME]...", shell_complete=complete("profile"))
 @PROFILES
+@click.option("--online", is_flag=True, help="Ask the Lepton workspace too: node groups, shape, secrets, logins.")
 @click.pass_context
-def check(ctx: click.Context, names: tuple[str, ...], profiles: Path | None) -> None:
+def check(ctx: click.Context, names: tuple[str, ...], profiles: Path | None, online: bool) -> None:
     """Check profiles, all of them unless named, and say all that is wrong.
 
     The exit code is 1 where something is wrong.
@@ -87,6 +88,8 @@ def check(ctx: click.Context, names: tuple[str, ...], profiles: Path | None) -> 
     from nemotron_launch.profile_drafts import placeholders
     from nemotron_launch.profiles import list_profiles, load_profile
 
+    if online and not names:
+        raise UserError("--online asks the workspaces of named profiles", hint="nemotron profiles check NAME --online")
     wrong = 0
     for name in names or [entry.name for entry in list_profiles(profiles_path=profiles)]:
         try:
@@ -100,6 +103,13 @@ def check(ctx: click.Context, names: tuple[str, ...], profiles: Path | None) -> 
         _print_warnings(profile)
         left = placeholders(profile)
         note = f"  (an example's values still: {', '.join(left)})" if left else ""
+        if online:
+            found = _asked(profile)
+            for problem in found:
+                click.echo(str(problem), err=True)
+            if found:
+                wrong += 1
+                continue
         click.echo(f"{profile.name}  {profile.executor}  good{note}")
     ctx.exit(1 if wrong else 0)
 
@@ -212,6 +222,29 @@ def _as_json(profile: Profile) -> dict[str, Any]:
         "secrets": [vars(secret) for secret in profile.secrets],
         "warnings": list(profile.warnings),
     }
+
+
+def _asked(profile: Profile) -> list[UserError]:
+    """What the workspace of a Lepton profile lacks; what it has is printed. UserError: it cannot be asked."""
+    if profile.executor != "lepton":
+        raise profile.problem("executor", "--online asks a Lepton workspace", "this profile has none")
+    from nemotron_launch.backends.lepton_access import access, contact_of
+    from nemotron_launch.backends.lepton_api import Api
+    from nemotron_launch.backends.lepton_online import look_for_profile
+
+    reached = access(contact_of(profile.data))
+    for text in reached.warnings:
+        click.echo(f"warning: {text}", err=True)
+    api = Api(reached)
+    try:
+        found = look_for_profile(api, profile.data, [one.reference for one in profile.secrets if one.reference])
+    finally:
+        api.close()
+    for text in found.notes:
+        click.echo(f"  {text}")
+    return [
+        UserError(one.message, where=f"profile {profile.name}: {one.where}", hint=one.hint) for one in found.problems
+    ]
 
 
 def _print_warnings(profile: Profile) -> None:
