@@ -22,6 +22,7 @@ from nemotron_launch.jobs.run import Run, State
 from nemotron_launch.trainer.exit_codes import RESUME_ME
 
 JOB = "job.json"
+RUN_ID = "NEMOTRON_RUN_ID"
 _TRIES = 3  # of making a job, each after a look whether the one before has arrived
 _LOOKS = (0.2, 0.5, 1.0, 2.0)  # seconds between those looks
 _SKEW = 300.0  # seconds by which the service's clock may be behind ours
@@ -166,14 +167,15 @@ class LeptonClient:
         ours = self._named(run, name)
         live = [job for job in ours if lepton_api.state(job) not in _OVER]
         for job in live[1:]:
-            self._api.stop_job(lepton_api.job_id(job))
+            if lepton_api.environment(job).get(RUN_ID) == run.run_id:
+                self._api.stop_job(lepton_api.job_id(job))
         chosen = live[:1] or ours[-1:]
         return Submission(lepton_api.job_id(chosen[0])) if chosen else None
 
     def _named(self, run: Run, name: str) -> list[dict[str, Any]]:
         """Jobs of this name that are this run's: by its id in their spec, where the service shows one."""
         jobs = [job for job in self._api.jobs_named(name) if lepton_api.state(job) not in ("Deleting", "Deleted")]
-        return [job for job in jobs if lepton_api.environment(job).get("NEMOTRON_RUN_ID") in (None, run.run_id)]
+        return [job for job in jobs if lepton_api.environment(job).get(RUN_ID) in (None, run.run_id)]
 
     def _needs_folder(self, run: Run, spec: Mapping[str, Any], files: Sequence[Upload]) -> Upload | None:
         """The code, where it is too large for the spec and has to be put into the run's folder."""
@@ -268,7 +270,7 @@ class LeptonClient:
         if found := self._exit_files(run):
             return found
         nonce = _nonce(job)
-        if nonce is None:
+        if nonce is None or not self.log_sources(run):
             return {}
         for pause in (0.0, 0.5, 1.0):  # the log store may lag
             time.sleep(pause)
@@ -339,7 +341,12 @@ class LeptonClient:
             return []
         if run.job_id not in self._logs_of().since:
             self._logs_of().since[run.job_id] = run.submitted or run.created
-        replicas = self._api.replicas(run.job_id)
+        try:
+            replicas = self._api.replicas(run.job_id)
+        except Answer as error:
+            if error.status != 404:
+                raise
+            replicas = []  # gone; what was seen of it may be in the log store still
         for source in _sources(run, replicas):
             self._replicas.setdefault(source.key, source)
         mine = [source for key, source in self._replicas.items() if key.startswith(f"{run.job_id}/")]

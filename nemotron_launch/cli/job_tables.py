@@ -144,8 +144,11 @@ def _attempt(run: Run, progress: Progress, n: int) -> str:
     attempt = progress.attempts[n]
     last = n + 1 == len(progress.attempts)
     end = "killed" if not last or run.state in OVER else "at work"
-    if attempt.exit_code is not None:
-        end = f"exit code {attempt.exit_code}"
+    code = attempt.exit_code
+    if code is None and run.executor == "lepton" and len(attempt.nodes) == run.nodes:  # where nobody sums them up
+        code = next((code for code in attempt.nodes.values() if code), 0)
+    if code is not None:
+        end = f"exit code {code}"
     bad = [f"{name} {code}" for name, code in attempt.nodes.items() if code]
     nodes = f" ({', '.join(bad)})" if bad and len(attempt.nodes) > 1 else ""
     return f"{attempt.number}  {end}{nodes}  {run.state_dir}/logs/attempt-{attempt.number}"
