@@ -12,6 +12,10 @@ import pytest
 
 from tests.step_trees import small_tree
 
+# Several tests compute at once: threads that wait for each other must not keep the others' cores busy meanwhile.
+# Read when torch is imported, here and in every process that a test starts.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 Nemotron = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
