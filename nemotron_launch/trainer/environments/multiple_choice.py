@@ -21,6 +21,8 @@ from nemotron_launch.trainer.environments.answers import (
     without_thoughts,
 )
 
+# Characters of an answer within which its letter must come.
+_HEAD = 100
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 # Letters that stand for A, B, C, D in other scripts: Arabic, Bengali, Hindi, Japanese, Korean.
 _OTHER_LETTERS = {
@@ -70,7 +72,7 @@ def letter_of(text: str, options: Mapping[str, str], *, multilingual: bool = Fal
         answer = text
     if answer is not None:
         answer = _WRAPPED.sub(r"\1", answer)
-        found = _LETTER.match(unicodedata.normalize("NFKC", answer))
+        found = _LETTER.match(unicodedata.normalize("NFKC", answer[:_HEAD]))
         if found and _allowed(found[1].upper(), options):
             return found[1].upper()
         letter = _of_text(answer, options)
