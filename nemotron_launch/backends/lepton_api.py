@@ -165,9 +165,10 @@ class Api:
         lines: list[Line] = []
         for stream in streams or []:
             values = [Line(int(value[0]), str(value[1])) for value in stream.get("values") or []]
-            if len(values) > 1 and values[0].when > values[-1].when:
+            first, last = (values[0].when, values[-1].when) if values else (0, 0)
+            if first > last or (first == last and not forward):  # the last line first, also of one moment
                 values.reverse()
-            lines += values if forward or len(values) < 2 else _in_order(values)
+            lines += values
         return sorted(lines, key=lambda line: line.when)
 
     # The workspace.
@@ -348,10 +349,6 @@ def _mapping(answer: Any, what: str) -> dict[str, Any]:
         return answer
     kind = Uncertain if what.startswith("POST") else Unreachable
     raise kind(f"Lepton answered {what} with something else than an object", exit_code=1)
-
-
-def _in_order(values: list[Line]) -> list[Line]:
-    return sorted(values, key=lambda line: line.when)
 
 
 def _id(name: str) -> str:

@@ -236,7 +236,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(401, {"message": f"bad token {self.headers.get('Authorization')}"})
             return
         if fault and fault.kind == "late":
-            time.sleep(1.0)
+            time.sleep(1.5)
         if call == "GET log":
             self._stream(words[1], words[3], fault)
             return

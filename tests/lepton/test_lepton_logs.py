@@ -97,6 +97,14 @@ def test_what_the_live_log_no_longer_has_comes_from_the_store(workspace: Service
     backend.close()
 
 
+def test_lines_of_one_moment_keep_their_order(workspace: Service, tmp_path: Path) -> None:
+    run, job = been(workspace, tmp_path, [b"a\nb\nc\n"])  # the stand-in gives three lines a moment
+    api, key = client(run)._api, (job.id, job.replicas[0].id)
+    for forward in (True, False):
+        lines = api.stored_log(*key, start=1, end=10**19, limit=10, forward=forward)
+        assert [line.text for line in lines] == ["a", "b", "c"] and len({line.when for line in lines}) == 1
+
+
 def test_the_last_lines_can_be_asked_for(workspace: Service, tmp_path: Path) -> None:
     run, _ = been(workspace, tmp_path, [text(0, 1500), text(1, 2)])
     backend = client(run)

@@ -112,6 +112,7 @@ def test_in_the_background_it_returns_at_once_and_the_jobs_commands_know_the_res
     assert done.returncode == 3, done.stdout + done.stderr
     assert re.search(r"^\[node-0\] the node is 0 of 2$", done.stdout, re.MULTILINE), done.stdout
     assert re.search(r"^\[node-1\] the node is 1 of 2$", done.stdout, re.MULTILINE), done.stdout
+    assert len(re.findall(r"^\[node-\d\] nemotron-exit ", done.stdout, re.MULTILINE)) == 2, done.stdout  # to the end
     assert "a-run: failed, exit code 3" in done.stderr
     found = json.loads(nemotron("jobs", "status", "a-run", "--json").stdout)
     assert (found["state"], found["exit_code"], found["job_id"]) == ("failed", 3, run.job_id)
