@@ -48,12 +48,22 @@ def wait(
 
 
 def client(run: Run) -> LeptonClient:
-    """A client that gives up soon."""
-    return hasty(run.contact)
+    """A client of a run's workspace, as patient as a busy machine needs it."""
+    return _client(run.contact, retry_for=5.0, deadline=10.0)
 
 
-def hasty(contact: Mapping[str, Any]) -> LeptonClient:
-    return LeptonClient(contact, settle=0.1, looks=(0.02, 0.05), retry_for=0.4, deadline=0.3)
+def hasty(run: Run, kind: int | str) -> LeptonClient:
+    """A client that soon gives up what always fails in this way."""
+    return _client(run.contact, retry_for=0.4, deadline=1.0 if kind == "drip" else 10.0)
+
+
+def settling(contact: Mapping[str, Any]) -> LeptonClient:
+    """In place of open_client, where no job is under way."""
+    return _client(contact, retry_for=5.0, deadline=10.0)
+
+
+def _client(contact: Mapping[str, Any], **limits: float) -> LeptonClient:
+    return LeptonClient(contact, settle=0.1, looks=(0.02, 0.05), **limits)
 
 
 def spec_of(files: Sequence[Upload]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from nemotron_launch.jobs.ledger import Ledger
 from nemotron_launch.jobs.settle import Backends, settle
 from nemotron_launch.jobs.status import look, refresh
 from nemotron_launch.jobs.submission import submit
-from tests.lepton.lepton_runs import client, fail, hasty, planned, spec_of
+from tests.lepton.lepton_runs import client, fail, hasty, planned, settling, spec_of
 from tests.lepton.service import TOKEN, Fault, Service
 from tests.step_trees import REPOSITORY
 
@@ -31,7 +31,7 @@ SUBMITTING = ("GET dedicated-node-groups", "GET shapes", "GET jobs", "POST jobs"
 def test_a_submission_whose_calls_fail_makes_one_job_or_none(
     workspace: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
-    monkeypatch.setattr(lepton_client, "open_client", hasty)
+    monkeypatch.setattr(lepton_client, "open_client", settling)
     with Ledger(tmp_path / "state") as ledger, Backends() as backends:
         for kind in KINDS:
             for times in (1, 100):
@@ -39,7 +39,7 @@ def test_a_submission_whose_calls_fail_makes_one_job_or_none(
                 name = f"run-{kind}-{times}"
                 run, files = planned(tmp_path / "remote", name)
                 try:
-                    submit(ledger, run, files, backend=client(run))
+                    submit(ledger, run, files, backend=hasty(run, kind))
                 except UserError as error:
                     assert TOKEN not in str(error)
                 workspace.faults = []
@@ -77,11 +77,10 @@ def test_a_failure_that_passes_is_borne_in_silence(workspace: Service, tmp_path:
 def test_a_look_that_fails_changes_nothing(workspace: Service, tmp_path: Path, kind: int | str) -> None:
     with Ledger(tmp_path / "state") as ledger:
         run, files = planned(tmp_path / "remote")
-        backend = client(run)
-        [run] = submit(ledger, run, files, backend=backend)
+        [run] = submit(ledger, run, files, backend=client(run))
         workspace.faults = [Fault("GET job", kind, 100), Fault("GET events", kind, 100)]
         try:
-            look(ledger, backend, [run])
+            look(ledger, hasty(run, kind), [run])
         except UserError as error:
             assert TOKEN not in str(error)
         now = ledger.get("a-run")
@@ -97,7 +96,7 @@ def test_a_cancellation_is_done_or_said_to_have_failed(workspace: Service, tmp_p
         [run] = submit(ledger, run, files, backend=client(run))
         workspace.faults = [Fault("PATCH job", kind, 100)]
         try:
-            client(run).cancel([run])
+            hasty(run, kind).cancel([run])
         except UserError as error:
             assert TOKEN not in str(error)
         else:
