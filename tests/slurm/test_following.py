@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
@@ -35,6 +35,12 @@ time.sleep(0 if attempt else 60)
 """
 
 
+def peak_mib(pid: int) -> int:
+    """The most memory of a process that still runs; wait4's count includes the process that it was forked from."""
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    return int(found[1]) // 1024 if found else 0
+
+
 @pytest.mark.slow
 def test_100000_lines_of_4_nodes_are_streamed_whole_and_in_order_through_cut_connections(
     client: Client, login: Sshd
@@ -43,7 +49,7 @@ def test_100000_lines_of_4_nodes_are_streamed_whole_and_in_order_through_cut_con
     child = client.start("steps", "run", "sft/talks", "-r", "site.yaml", "cluster.num_nodes=4")
     assert child.stdout
     lines: dict[str, list[int]] = {str(node): [] for node in range(4)}
-    total = 0
+    total = peak = 0
     for raw in child.stdout:
         line = raw.decode()
         if line.startswith("[job] "):
@@ -54,15 +60,15 @@ def test_100000_lines_of_4_nodes_are_streamed_whole_and_in_order_through_cut_con
         total += 1
         if total in (1, 30_000, 60_000):
             login.cut()
+        if total % 10_000 == 0:
+            peak = max(peak, peak_mib(child.pid))
     assert child.stderr
     errors = child.stderr.read().decode()
-    _, status, usage = os.wait4(child.pid, 0)
-    child.returncode = os.waitstatus_to_exitcode(status)
-    assert child.returncode == 0, errors
+    assert child.wait(60) == 0, errors
     assert lines == {str(node): list(range(25_000)) for node in range(4)}
     assert (login.root / "sshd.log").read_text().count("Accepted publickey") >= 4  # it came back after each cut
     # A Python with this command's libraries takes 45 MiB; the logs have 3 MiB, and a look brings 4 at most.
-    assert usage.ru_maxrss < 120 * 1024
+    assert 20 < peak < 120
 
 
 @pytest.mark.slow
