@@ -130,3 +130,20 @@ def test_rlvr_raises_the_accuracy_of_sampled_answers_from_the_same_warm_start(ti
     assert 0.05 < kl[-1] < KL_LIMIT
     samples = [json.loads(line) for line in (done.folder / "rlvr-tiny/samples.jsonl").read_text().splitlines()]
     assert {line["kind"] for line in samples} == {"train", "validation"}
+
+
+def test_rlhf_raises_the_reward_models_score_and_stays_near_its_reference(tiny: Done) -> None:
+    done = nemotron(tiny.folder, "rl/nemo_rl/rlhf", "-c", "tiny")
+    assert "rm/hf -c tiny first" in done.said
+    taught = [
+        line["validation-default/accuracy"] for line in done.lines("rm-tiny") if "validation-default/accuracy" in line
+    ]
+    assert taught[-1] >= 0.9
+    held_out = [line for line in done.lines("rlhf-tiny") if "validation/accuracy" in line]
+    rewards = [line["validation/accuracy"] for line in held_out]
+    assert rewards[-1] - rewards[0] >= held_out[0]["validation/reward_std"]
+    # A reward model that is fooled shows in the length: five digits and the stop are what was asked for.
+    assert 5.8 <= held_out[-1]["validation/avg_length"] <= 6.2
+    kl = [line["train/reference_kl"] for line in done.lines("rlhf-tiny") if "train/reference_kl" in line]
+    # To answer the other way than four in five times before costs -ln 0.2 = 1.61 nats, 0.27 a token of six.
+    assert kl[-1] < 0.6

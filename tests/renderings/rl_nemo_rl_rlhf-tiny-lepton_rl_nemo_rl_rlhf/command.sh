@@ -38,7 +38,7 @@ finish() {
     mv "$NEMOTRON_LOG_DIR/node-$node.exit_code.tmp" "$NEMOTRON_LOG_DIR/node-$node.exit_code"
     exec >&3
     for _ in {1..50}; do kill -0 "$copy" || break; sleep 0.1; done
-    echo "nemotron-exit 71adf73636c7100e attempt=$attempt node=$node code=$code"
+    echo "nemotron-exit 0965d4f0d8322884 attempt=$attempt node=$node code=$code"
     exit "$code"
 }
 trap finish EXIT
@@ -67,7 +67,7 @@ place() { # file mode sha256 variable parts
     chmod "$2" "$part"
     mv "$part" "$run_dir/$1"
 }
-place config.yaml 600 902b8d638a61c6db8c32e9cebd24e63b608cacee97ca9685d8571e43a58c680f NEMOTRON_FILE_0 1
+place config.yaml 600 3a9b24fda9f437eb26360e7e7fce7929c9128a6b72beee228e8c19db5cbfa8e1 NEMOTRON_FILE_0 1
 if [[ ! -e $run_dir/code ]]; then
     place code.tar.gz 600 0000000000000000000000000000000000000000000000000000000000000000 NEMOTRON_BUNDLE 1
     fresh=$run_dir/.code.node-$node

@@ -58,7 +58,7 @@ grpo:
     enabled: false
   invalid_tool_call_advantage: null
 loss_fn:
-  reference_policy_kl_penalty: 0.05
+  reference_policy_kl_penalty: 0.2
   reference_policy_kl_type: k3
   kl_input_clamp_value: 20.0
   kl_output_clamp_value: 10.0
