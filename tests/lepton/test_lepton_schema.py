@@ -1,4 +1,4 @@
-"""Every job that is rendered for Lepton is one for the official SDK's models too; their schema lies beside this file."""
+"""Every job that is rendered for Lepton is one for the official SDK too; its schema lies beside this file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import jsonschema
 import pytest
 
 RENDERINGS = Path(__file__).resolve().parents[1] / "renderings"
-SCHEMA = json.loads(Path(__file__).with_name("sdk_job.schema.json").read_text())  # leptonai 0.47's LeptonJob
+SCHEMA = json.loads(Path(__file__).with_name("sdk_job.schema.json").read_text())  # of the SDK's LeptonJob
 JOBS = sorted(RENDERINGS.glob("*lepton*/job.json"))
 
 
