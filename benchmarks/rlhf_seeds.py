@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from rlvr_seeds import run
+from tiny_seeds import run
 
 HELD_OUT = "validation/"
 

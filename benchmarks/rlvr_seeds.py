@@ -13,29 +13,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+from tiny_seeds import run
+
 HELD_OUT = ("accuracy", "greedy_accuracy", "pass_k")
 KL = "train/reference_kl"
-
-
-def run(output: Path, step: str, *overrides: str) -> float:
-    """Run a step with its tiny config; the seconds it took."""
-    command = [sys.executable, "-m", "nemotron_launch", "steps", "run", step, "-c", "tiny", *overrides]
-    path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
-    env = {**os.environ, "RL_OUTPUT_DIR": str(output), "PYTHONPATH": path}
-    start = time.monotonic()
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
-    return time.monotonic() - start
 
 
 def seed(number: int, procs: int, overrides: list[str]) -> dict[str, Any]:

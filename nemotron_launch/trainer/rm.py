@@ -23,8 +23,8 @@ from nemotron_launch.errors import UserError
 from nemotron_launch.trainer import hf, warm_start
 from nemotron_launch.trainer.agreement import on_rank_0, same_everywhere, together
 from nemotron_launch.trainer.architecture import hf_config
-from nemotron_launch.trainer.data.preference import PreferencePair, load_preferences
-from nemotron_launch.trainer.data.sources import data_section
+from nemotron_launch.trainer.data.preference import PreferencePair
+from nemotron_launch.trainer.dpo import load_data
 from nemotron_launch.trainer.loop import LoopConfig, Progress, Run, Step, train
 from nemotron_launch.trainer.losses import bradley_terry_loss
 from nemotron_launch.trainer.megatron import parallel
@@ -94,32 +94,6 @@ def run(session: Session) -> int:
             save_tensors=lambda folder: model.save(folder, optimizer=loop.save_optimizer),
         )
         return train(setup, progress)
-
-
-def load_data(session: Session) -> tuple[list[PreferencePair], dict[str, list[PreferencePair]]]:
-    """Training pairs, and validation pairs by the name that their metrics carry."""
-    data = session.config["data"]
-
-    def load(section: Mapping[str, object] | None, key: str, split: str) -> list[PreferencePair]:
-        pairs, bad = load_preferences(
-            data_section(data, section, split=split),
-            tokenizer=session.tokenizer,
-            max_length=data["max_input_seq_length"] or session.config["policy"]["max_total_sequence_length"],
-            step_dir=session.step_dir,
-            max_bad_rows=data["max_bad_rows"],
-            key=key,
-        )
-        if session.main_rank and (text := bad.summary()):
-            log.warning("%s: %s", key, text)
-        if not pairs:
-            raise UserError("holds no usable pair", where=key)
-        return pairs
-
-    training = load(data["train"], "data.train", "train")
-    validation = {"default": load(data["validation"], "data.validation", "validation")} if data["validation"] else {}
-    for name, path in (data["val_data_paths"] or {}).items():
-        validation[name] = load({"data_path": path}, f"data.val_data_paths.{name}", "train")
-    return training, validation
 
 
 class TrainedRewardModel:
