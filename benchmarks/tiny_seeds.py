@@ -32,7 +32,8 @@ def run(output: Path, step: str, *overrides: str) -> float:
     """Run a step with its tiny config; the seconds it took."""
     command = [sys.executable, "-m", "nemotron_launch", "steps", "run", step, "-c", "tiny", *overrides]
     path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
-    env = {**os.environ, "RL_OUTPUT_DIR": str(output), "PYTHONPATH": path}
+    state = str(output / "state")  # these are nobody's runs
+    env = {**os.environ, "RL_OUTPUT_DIR": str(output), "NEMOTRON_STATE_DIR": state, "PYTHONPATH": path}
     start = time.monotonic()
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     if done.returncode:
