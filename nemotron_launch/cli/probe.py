@@ -8,24 +8,12 @@ from pathlib import Path
 import click
 
 from nemotron_launch.catalog import find_config, find_step
-from nemotron_launch.cli.steps import PROFILES, RunCommand, complete, dry_run_of, is_override, load_profile_of
+from nemotron_launch.cli.steps import RunCommand, asks_for_job, dry_run_of, is_override, load_profile_of
 from nemotron_launch.errors import UserError
 
 
 @click.command(cls=RunCommand)
-@click.argument("step_id", metavar="ID", shell_complete=complete("step"))
-@click.argument("arguments", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option(
-    "-c", "--config", metavar="NAME|PATH", shell_complete=complete("config"), help="Config (default: default)."
-)
-@click.option(
-    "-r", "--run", "attached", metavar="PROFILE", shell_complete=complete("profile"), help="Run there and follow."
-)
-@click.option(
-    "-b", "--batch", "detached", metavar="PROFILE", shell_complete=complete("profile"), help="Submit there and return."
-)
-@click.option("-d", "--dry-run", is_flag=True, help="Print the compiled job and run nothing.")
-@PROFILES
+@asks_for_job
 @click.option("--prompts", type=click.IntRange(min=1), metavar="N", help="Prompts (default: 32).")
 @click.option("--samples", type=click.IntRange(min=1), metavar="G", help="Rollouts of each (default: the config's).")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -140,20 +141,46 @@ PROFILES = click.option(
 )
 
 
+_JOB = (
+    click.argument("step_id", metavar="ID", shell_complete=complete("step")),
+    click.argument("arguments", nargs=-1, metavar="[KEY=VALUE]..."),
+    click.option(
+        "-c",
+        "--config",
+        metavar="NAME|PATH",
+        shell_complete=complete("config"),
+        help="Config (default: default).",
+    ),
+    click.option(
+        "-r",
+        "--run",
+        "attached",
+        metavar="PROFILE",
+        shell_complete=complete("profile"),
+        help="Run there and follow.",
+    ),
+    click.option(
+        "-b",
+        "--batch",
+        "detached",
+        metavar="PROFILE",
+        shell_complete=complete("profile"),
+        help="Submit there and return.",
+    ),
+    click.option("-d", "--dry-run", is_flag=True, help="Print the compiled job and run nothing."),
+    PROFILES,
+)
+
+
+def asks_for_job(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The arguments and options that say what job is meant: step, config, overrides, profile, whether to run it."""
+    for option in reversed(_JOB):
+        command = option(command)
+    return command
+
+
 @click.command(cls=RunCommand)
-@click.argument("step_id", metavar="ID", shell_complete=complete("step"))
-@click.argument("arguments", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option(
-    "-c", "--config", metavar="NAME|PATH", shell_complete=complete("config"), help="Config (default: default)."
-)
-@click.option(
-    "-r", "--run", "attached", metavar="PROFILE", shell_complete=complete("profile"), help="Run there and follow."
-)
-@click.option(
-    "-b", "--batch", "detached", metavar="PROFILE", shell_complete=complete("profile"), help="Submit there and return."
-)
-@click.option("-d", "--dry-run", is_flag=True, help="Print the compiled job and run nothing.")
-@PROFILES
+@asks_for_job
 @click.option("--output", metavar="FORM", help="With -d: json, yaml, script, or dir=PATH for all files.")
 @click.option("--run-id", metavar="ID", help="Name the run yourself.")
 @click.option(

@@ -93,8 +93,7 @@ class CheckpointStore:
 
     def latest(self) -> Path | None:
         """The newest complete checkpoint, from which a run resumes; None when there is none."""
-        steps = self.complete_steps()
-        return self._path(steps[-1]) if steps else None
+        return newest_complete(self.folder)
 
     def newest_to_resume(self) -> Path | None:
         """The checkpoint from which a run goes on: `latest`.
@@ -251,11 +250,17 @@ def resolve_checkpoint(path: Path, *, where: str | None = None) -> Path:
         if is_complete(path) or _is_weights(path):
             return path
         for folder in (path, path / "checkpoints"):
-            if complete := _complete(folder):
-                return folder / f"step_{max(complete)}"
+            if complete := newest_complete(folder):
+                return complete
         if newest := _newest_weights(path):
             return newest
     raise UserError(f"{path} is not a checkpoint: {_what_is(path)}", where=where, hint=_EXPECTED)
+
+
+def newest_complete(folder: Path) -> Path | None:
+    """The newest complete step_N in `folder`; None where there is none."""
+    complete = _complete(folder)
+    return folder / f"step_{max(complete)}" if complete else None
 
 
 def weights_dir(checkpoint: Path) -> Path:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from nemotron_launch.trainer.environments.judge_client import server_address
 from nemotron_launch.trainer.generation import MegatronGenerator
 from nemotron_launch.trainer.policy import Policy
 from nemotron_launch.trainer.rollouts import Generator, Sampling
 from nemotron_launch.trainer.server_generation import ServerGenerator
+from nemotron_launch.trainer.servers import server_address
 from nemotron_launch.trainer.setup import Session
 from nemotron_launch.trainer.tokenizer import Tokenizer
 

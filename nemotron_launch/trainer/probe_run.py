@@ -13,7 +13,7 @@ import numpy as np
 
 from nemotron_launch.trainer import exit_codes, warm_start
 from nemotron_launch.trainer.agreement import on_rank_0
-from nemotron_launch.trainer.checkpoints import WEIGHTS, is_complete
+from nemotron_launch.trainer.checkpoints import WEIGHTS, newest_complete
 from nemotron_launch.trainer.environments.router import Environments
 from nemotron_launch.trainer.grpo_data import load_data
 from nemotron_launch.trainer.grpo_generator import open_generator, sampling_of
@@ -74,8 +74,7 @@ def run(session: Session, environments: Environments | None) -> int:
 
 def _load(session: Session, policy: Policy, checkpoint_dir: str | None) -> str:
     """The newest checkpoint of the run that is probed, else what it would start from; said in words."""
-    steps = [path for path in Path(checkpoint_dir).glob("step_*") if is_complete(path)] if checkpoint_dir else []
-    newest = on_rank_0(lambda: max(steps, key=lambda path: int(path.name.removeprefix("step_")), default=None))
+    newest = on_rank_0(lambda: newest_complete(Path(checkpoint_dir)) if checkpoint_dir else None)
     if newest is not None:
         checkpoint.load_weights(newest / WEIGHTS, policy.gpt)
         return str(newest)

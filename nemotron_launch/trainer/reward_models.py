@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nemotron_launch.errors import UserError
-from nemotron_launch.trainer.checkpoints import read_info
+from nemotron_launch.trainer.checkpoints import is_complete, newest_complete
 from nemotron_launch.trainer.data.messages import closed, opened, plain_text, render, rest_of
 from nemotron_launch.trainer.tokenizer import Message, Tokenizer, load_tokenizer
 from nemotron_launch.trainer.warm_start import model_folder
@@ -31,15 +31,14 @@ def find(name: str, *, step_dir: Path | None, where: str) -> Path:
     folder = model_folder(name, step_dir=step_dir, where=where)
     if (folder / "config.json").is_file():
         return folder
-    steps = [path for path in [folder, *folder.glob("step_*")] if (path / HF_FOLDER / "config.json").is_file()]
-    whole = [(int((read_info(path) or {}).get("step", -1)), path) for path in steps if read_info(path) is not None]
-    if not whole:
+    step = folder if is_complete(folder) else newest_complete(folder)
+    if step is None or not (step / HF_FOLDER / "config.json").is_file():
         raise UserError(
             f"{folder} is no reward model",
             where=where,
             hint="give a Hugging Face folder (config.json, model.safetensors), or a checkpoint of rm/hf",
         )
-    return max(whole)[1] / HF_FOLDER
+    return step / HF_FOLDER
 
 
 class RewardModel:

@@ -19,7 +19,7 @@ import httpx
 import yaml
 
 from nemotron_launch.errors import UserError
-from nemotron_launch.trainer.environments.judge_client import server_address
+from nemotron_launch.trainer.servers import retry_after, server_address
 
 KEY = "env.nemo_gym"
 #: Seconds for the head server to answer at all; the launcher has waited for it, or it runs already.
@@ -274,7 +274,7 @@ class _Session:
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise Failed(f"{path}: {_plain(error)}") from error
         if reply.status_code in _BUSY:
-            raise Failed(f"{path} answers {reply.status_code}", busy=_retry_after(reply))
+            raise Failed(f"{path} answers {reply.status_code}", busy=retry_after(reply))
         if reply.status_code == 404 and path == "/seed_session":
             return None
         if reply.status_code >= 300:
@@ -319,13 +319,6 @@ def _detail(said: bytes) -> str:
     except (ValueError, KeyError, TypeError):
         return ""
     return f" ({'; '.join(told)})" if told else ""
-
-
-def _retry_after(reply: httpx.Response) -> float:
-    try:
-        return max(0.0, float(reply.headers.get("retry-after", 0)))
-    except ValueError:
-        return 0.0
 
 
 def _plain(error: Exception) -> str:

@@ -17,6 +17,7 @@ import httpx
 
 from nemotron_launch.errors import UserError
 from nemotron_launch.trainer import exit_codes
+from nemotron_launch.trainer.servers import retry_after, server_address
 
 KEY = "env.judge"
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds between tries
@@ -100,7 +101,7 @@ class JudgeClient:
                 if reply.status_code not in _PASSING:
                     self._refused(reply)
                     break
-                pause = max(pause, _retry_after(reply))
+                pause = max(pause, min(retry_after(reply), _LONGEST_PAUSE))
             except (httpx.HTTPError, ValueError, KeyError, IndexError, TypeError) as error:
                 problem = _plain(error)
             if attempt < section["retries"]:
@@ -150,21 +151,6 @@ class JudgeClient:
                 file.write(json.dumps({"key": key, "text": text}) + "\n")
 
 
-def server_address(named: str, *, where: str) -> str:
-    """http://host:port of a service of the run, which the environment tells, or the address as it is given."""
-    if named.startswith(("http://", "https://")):
-        return named.rstrip("/").removesuffix("/v1")
-    variable = "NEMOTRON_SERVICE_" + "".join(c if c.isalnum() else "_" for c in named.upper())
-    place = os.environ.get(variable)
-    if not place:
-        raise UserError(
-            f"there is no service {named}: {variable} is not set",
-            where=where,
-            hint=f"list it under run.services, or give the address of one that runs (http://…) as {where}",
-        )
-    return f"http://{place}"
-
-
 def _authorization(variable: str | None) -> dict[str, str]:
     if variable is None:
         return {}
@@ -189,14 +175,6 @@ def _read_cache(folder: Path) -> dict[str, str]:
             except (ValueError, KeyError, TypeError):
                 continue
     return known
-
-
-def _retry_after(reply: httpx.Response) -> float:
-    """Seconds that the server asks for; a date counts as nothing."""
-    try:
-        return min(float(reply.headers.get("retry-after", 0)), _LONGEST_PAUSE)
-    except ValueError:
-        return 0.0
 
 
 def _plain(error: Exception) -> str:
