@@ -21,6 +21,7 @@ from nemotron_launch.jobs.run import Run
 from nemotron_launch.jobs.settle import Backends, settle
 from nemotron_launch.jobs.status import refresh
 from nemotron_launch.jobs.submission import check_after, kept, secret_files, submit
+from tests.deaths import DIES
 from tests.jobs.rows import row
 from tests.step_trees import REPOSITORY
 
@@ -38,32 +39,19 @@ POINTS = [
     ("before", "nemotron_launch.jobs.submission.settled"),
     ("after", "nemotron_launch.jobs.submission.settled"),
 ]
-CLIENT = """
-import importlib, os, signal, sys
+CLIENT = (
+    DIES
+    + """
 from pathlib import Path
 from nemotron_launch.hosts import Upload
 from nemotron_launch.jobs.ledger import Ledger
 from nemotron_launch.jobs.submission import submit
 from tests.jobs.rows import row
-when, where, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
-parts = where.split(".")
-for cut in range(len(parts) - 1, 0, -1):
-    try:
-        owner = importlib.import_module(".".join(parts[:cut]))
-        break
-    except ImportError:
-        pass
-for name in parts[cut:-1]:
-    owner = getattr(owner, name)
-real = getattr(owner, parts[-1])
-def deadly(*arguments, **more):
-    if when == "after":
-        real(*arguments, **more)
-    os.kill(os.getpid(), signal.SIGKILL)
-setattr(owner, parts[-1], deadly)
+folder = Path(sys.argv[1])
 with Ledger(folder / "state") as ledger:
     submit(ledger, row(folder=folder), [Upload("run.sh", b"echo once >> ran")])
 """
+)
 
 
 def wait(ledger: Ledger, backends: Backends, run: Run) -> Run:

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from tests.deaths import DIES
 from tests.slurm.cluster import Cluster
 from tests.slurm.login import Client, client, login
 from tests.sshd import Sshd
@@ -194,27 +195,13 @@ POINTS = [
     ("before", "nemotron_launch.jobs.submission.settled"),
     ("after", "nemotron_launch.jobs.submission.settled"),
 ]
-DEADLY = """
-import importlib, os, signal, sys
-when, where = sys.argv.pop(1), sys.argv.pop(1)
-parts = where.split(".")
-for cut in range(len(parts) - 1, 0, -1):
-    try:
-        owner = importlib.import_module(".".join(parts[:cut]))
-        break
-    except ImportError:
-        pass
-for name in parts[cut:-1]:
-    owner = getattr(owner, name)
-real = getattr(owner, parts[-1])
-def deadly(*arguments, **more):
-    if when == "after":
-        real(*arguments, **more)
-    os.kill(os.getpid(), signal.SIGKILL)
-setattr(owner, parts[-1], deadly)
+DEADLY = (
+    DIES
+    + """
 from nemotron_launch.cli.main import main
 main()
 """
+)
 
 
 def test_a_client_killed_at_any_point_of_a_submission_leaves_one_job_or_none(client: Client, cluster: Cluster) -> None:
