@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import yaml
 
+from nemotron_launch.artifacts import record
 from nemotron_launch.config import checks
 from nemotron_launch.errors import UserError
 from nemotron_launch.trainer import doctor, exit_codes, warm_start
@@ -84,9 +85,14 @@ def run_step(step_dir: Path, train: Callable[[Session], int], argv: list[str] | 
     stop = StopRequest()
     rank = int(os.environ.get("RANK", "0"))
     try:
-        config = _read_config(_arguments(argv).config)
+        config_path = _arguments(argv).config
+        config = _read_config(config_path)
         with train_log(Path(config["output_dir"])) if rank == 0 else contextlib.nullcontext():
-            return train(_open(config, step_dir, started, stop))
+            session = _open(config, step_dir, started, stop)
+            code = train(session)
+            if code == exit_codes.FINISHED and rank == 0:
+                _register(session, config_path)
+            return code
     except UserError as error:
         if rank > 0 and isinstance(error, SharedError):
             time.sleep(2)  # rank 0 says it, and spawn takes the first to end for the cause
@@ -101,6 +107,14 @@ def run_step(step_dir: Path, train: Callable[[Session], int], argv: list[str] | 
     finally:
         if sys.exc_info()[0] is None:
             parallel.stop()
+
+
+def _register(session: Session, config_path: Path) -> None:
+    """Record what a finished run made. It has finished, whatever comes of this: what cannot be written is a warning."""
+    try:
+        record.register(session.step_dir, session.config, config_path=config_path)
+    except (UserError, OSError) as error:
+        log.warning("what this run made is not recorded: %s", str(error).removeprefix("error: "))
 
 
 def _process_start() -> float:
