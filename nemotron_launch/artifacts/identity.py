@@ -54,7 +54,7 @@ def of_config(config: Mapping[str, Any], step_dir: Path | None = None, *, cwd: P
     if not name:
         return None
     setting = section.get("chat_template", DEFAULT)
-    folder = _folder(str(name), step_dir, cwd)
+    folder = folder_of(str(name), step_dir, cwd)
     own = of_folder(folder) if folder else Tokens(tokenizer=bytes_hash(), chat_template=_NONE)
     if name != BYTES and folder is None:
         own = Tokens()
@@ -141,8 +141,8 @@ def _written(setting: str, step_dir: Path | None, cwd: Path | None) -> str:
         return ""
 
 
-def _folder(name: str, step_dir: Path | None, cwd: Path | None) -> Path | None:
-    """The folder of a tokenizer's name: a path, or a hub id that lies in the local cache."""
+def folder_of(name: str, step_dir: Path | None, cwd: Path | None = None) -> Path | None:
+    """The folder of a model or tokenizer: a path, or a hub id in the local cache; None where it is not here."""
     if name == BYTES:
         return None
     path = _path(name, step_dir, cwd)
