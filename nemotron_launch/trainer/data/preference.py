@@ -9,13 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from nemotron_launch.errors import UserError
 from nemotron_launch.trainer.data.messages import (
     FIRST_ROWS,
     Framing,
     TemplateBreaksPrefix,
-    as_messages,
-    as_text,
     chunked,
     closed,
     is_answered,
@@ -27,8 +24,9 @@ from nemotron_launch.trainer.data.messages import (
     render,
     rest_of,
 )
+from nemotron_launch.trainer.data.preference_rows import Answers, preference_format
 from nemotron_launch.trainer.data.sources import BadRow, BadRows, Row, read_rows
-from nemotron_launch.trainer.tokenizer import Message, Tokenizer
+from nemotron_launch.trainer.tokenizer import Tokenizer
 
 #: Rows whose texts go to the tokenizer at once: enough to keep its threads busy, few enough to stay small in memory.
 _ROWS_AT_ONCE = 1024
@@ -96,7 +94,7 @@ def load_preferences(
     assistant's header that the template writes; here the header is prompt, as in trl: it is the same for both answers
     and cancels in the preference loss.
     """
-    parse = _format(section, key)
+    parse = preference_format(section, key)
     framing = load_framing(section, tokenizer, step_dir, key)
     bad = BadRows()
     pairs: list[PreferencePair] = []
@@ -115,7 +113,7 @@ def load_preferences(
 
 def _texts(
     rows: Iterator[Row],
-    parse: Callable[[Mapping[str, Any]], _Answers],
+    parse: Callable[[Mapping[str, Any]], Answers],
     framing: Framing,
     tokenizer: Tokenizer,
     bad: BadRows,
@@ -134,7 +132,7 @@ def _texts(
             bad.add(str(problem), row.place)
 
 
-def _rendered(answers: _Answers, framing: Framing, place: str, tokenizer: Tokenizer) -> _Texts:
+def _rendered(answers: Answers, framing: Framing, place: str, tokenizer: Tokenizer) -> _Texts:
     """The texts that the tokenizer sees, prompt and answers apart."""
     context, chosen, rejected = framing.around(answers.context), answers.chosen, answers.rejected
     if not is_answered(chosen) or not is_answered(rejected):
@@ -182,126 +180,3 @@ def _pair(
         source=texts.source,
         overlong=overlong,
     )
-
-
-@dataclass(frozen=True, slots=True)
-class _Answers:
-    """A row, whatever its format: the conversation so far and two assistant messages."""
-
-    context: list[Message]
-    chosen: Message
-    rejected: Message
-    tools: Any = None
-
-
-def _format(section: Mapping[str, Any], key: str) -> Callable[[Mapping[str, Any]], _Answers]:
-    keys = [str(section.get(f"{name}_key") or name) for name in ("prompt", "chosen", "rejected")]
-
-    def binary(row: Mapping[str, Any]) -> _Answers:
-        return _binary(row, *keys)
-
-    def either(row: Mapping[str, Any]) -> _Answers:
-        if row.get("completions") is not None:
-            return _ranked(row)
-        return _help_steer_3(row) if row.get("overall_preference") is not None else binary(row)
-
-    formats = {
-        "PreferenceDataset": _ranked,
-        "BinaryPreferenceDataset": binary,
-        "HelpSteer3": _help_steer_3,
-        "Tulu3Preference": _tulu_3,
-    }
-    name = section.get("dataset_name")
-    if name and name not in formats:
-        raise UserError(
-            f"no preference format is called {name}",
-            where=f"{key}.dataset_name",
-            hint=f"known are {', '.join(formats)}",
-        )
-    return formats[name] if name else either
-
-
-def _binary(row: Mapping[str, Any], prompt_key: str, chosen_key: str, rejected_key: str) -> _Answers:
-    """{prompt, chosen, rejected}: texts or messages; answers may also be whole conversations."""
-    chosen, rejected = _answer(row, chosen_key), _answer(row, rejected_key)
-    prompt = row.get(prompt_key)
-    context = None if prompt is None else _context(prompt, prompt_key)
-    if not _is_conversation(chosen) and not _is_conversation(rejected):
-        if context is None:
-            raise BadRow(f"missing key {prompt_key}")
-        return _shared(context, chosen, rejected, row)
-    if context is not None and chosen[-1 - len(context) : -1] != context:
-        raise BadRow(f"{prompt_key} is not what the conversation in {chosen_key} answers")
-    return _shared([], chosen, rejected, row)
-
-
-def _ranked(row: Mapping[str, Any]) -> _Answers:
-    """{context, completions: [{rank, completion}, {rank, completion}]}: the lower rank is chosen."""
-    completions = row.get("completions")
-    if completions is None:
-        raise BadRow("missing key completions")
-    if not isinstance(completions, list) or not all(isinstance(one, Mapping) for one in completions):
-        raise BadRow("completions is not a list of objects")
-    if len(completions) != 2:
-        raise BadRow(f"{len(completions)} completions, not two")
-    ranks = [one.get("rank") for one in completions]
-    if not all(isinstance(rank, int | float) for rank in ranks):
-        raise BadRow("a completion has no rank")
-    if ranks[0] == ranks[1]:
-        raise BadRow("tie")
-    if row.get("context") is None:
-        raise BadRow("missing key context")
-    chosen, rejected = sorted(completions, key=lambda one: one["rank"])
-    context = _context(row["context"], "context")
-    return _shared(context, _answer(chosen, "completion"), _answer(rejected, "completion"), row)
-
-
-def _help_steer_3(row: Mapping[str, Any]) -> _Answers:
-    """{context, response1, response2, overall_preference}: below 0 the first is chosen, above 0 the second."""
-    preference = row.get("overall_preference")
-    if not isinstance(preference, int | float):
-        raise BadRow("overall_preference is missing or no number")
-    if preference == 0:
-        raise BadRow("tie")
-    if row.get("context") is None:
-        raise BadRow("missing key context")
-    first, second = _answer(row, "response1"), _answer(row, "response2")
-    chosen, rejected = (first, second) if preference < 0 else (second, first)
-    return _shared(_context(row["context"], "context"), chosen, rejected, row)
-
-
-def _tulu_3(row: Mapping[str, Any]) -> _Answers:
-    """{chosen, rejected}: whole conversations; the prompt column, a single text, is not read."""
-    return _shared([], _answer(row, "chosen"), _answer(row, "rejected"), row)
-
-
-def _context(value: Any, key: str) -> list[Message]:
-    return [{"role": "user", "content": value}] if isinstance(value, str) else as_messages(value, key)
-
-
-def _answer(row: Mapping[str, Any], key: str) -> list[Message]:
-    value = row.get(key)
-    if isinstance(value, list):
-        return as_messages(value, key)
-    return [{"role": "assistant", "content": as_text(row, key)}]
-
-
-def _is_conversation(messages: list[Message]) -> bool:
-    return len(messages) > 1 and messages[0]["role"] != "assistant"
-
-
-def _shared(context: list[Message], chosen: list[Message], rejected: list[Message], row: Mapping[str, Any]) -> _Answers:
-    """The pair behind what both answers begin with; each must then be one message of the assistant's."""
-    if not chosen or not rejected:
-        raise BadRow("empty completion")
-    same = 0
-    while same < min(len(chosen), len(rejected)) - 1 and chosen[same] == rejected[same]:
-        same += 1
-    context, chosen, rejected = [*context, *chosen[:same]], chosen[same:], rejected[same:]
-    if len(chosen) > 1 or len(rejected) > 1:
-        raise BadRow("chosen and rejected differ before their last message")
-    if chosen[0]["role"] != "assistant" or rejected[0]["role"] != "assistant":
-        raise BadRow("an answer is not the assistant's")
-    if not context:
-        raise BadRow("no prompt before the answers")
-    return _Answers(context, chosen[0], rejected[0], row.get("tools"))

@@ -14,11 +14,8 @@ from nemotron_launch.trainer.data.messages import (
     FIRST_ROWS,
     Framing,
     TemplateBreaksPrefix,
-    as_messages,
-    as_text,
     chunked,
     closed,
-    is_answered,
     load_framing,
     opened,
     overlong_share,
@@ -27,11 +24,9 @@ from nemotron_launch.trainer.data.messages import (
     render,
     rest_of,
 )
+from nemotron_launch.trainer.data.sft_rows import Form, conversation, form_of
 from nemotron_launch.trainer.data.sources import BadRow, BadRows, Row, read_rows
 from nemotron_launch.trainer.tokenizer import Message, Tokenizer
-
-#: Keys of a prompt and its response, ours and NeMo-RL's: either is read where a section names no others.
-_PROMPT_KEYS = (("prompt", "response"), ("input", "output"))
 
 _FORMATS = ("ResponseDataset", "openai_format")
 
@@ -62,17 +57,6 @@ class _Texts:
     messages: int
     pieces: tuple[str, ...]
     in_loss: tuple[bool, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Form:
-    """How the rows of a section are read; the fields are the section's keys."""
-
-    chat_key: str
-    input_key: str
-    output_key: str
-    system_key: str | None
-    tool_key: str | None
 
 
 def load_sft(
@@ -106,13 +90,7 @@ def load_sft(
         raise UserError(
             f"no SFT format is called {name}", where=f"{key}.dataset_name", hint=f"known are {', '.join(_FORMATS)}"
         )
-    form = _Form(
-        chat_key=section.get("chat_key") or "messages",
-        input_key=section.get("input_key") or "prompt",
-        output_key=section.get("output_key") or "response",
-        system_key=section.get("system_key"),
-        tool_key=section.get("tool_key", "tools"),
-    )
+    form = form_of(section)
     framing = load_framing(section, tokenizer, step_dir, key)
     bad = BadRows()
     examples: list[SFTExample] = []
@@ -131,14 +109,14 @@ def load_sft(
 
 
 def _texts(
-    rows: Iterator[Row], form: _Form, framing: Framing, tokenizer: Tokenizer, header_in_loss: bool, bad: BadRows
+    rows: Iterator[Row], form: Form, framing: Framing, tokenizer: Tokenizer, header_in_loss: bool, bad: BadRows
 ) -> Iterator[_Texts]:
     for row in rows:
         bad.total += 1
         try:
             if row.data is None:
                 raise BadRow(row.problem)
-            messages = framing.around(_conversation(row.data, form))
+            messages = framing.around(conversation(row.data, form))
             if tokenizer.has_chat_template:
                 tools = row.data.get(form.tool_key) if form.tool_key else None
                 yield _templated(messages, tools, tokenizer, header_in_loss, row.place)
@@ -151,29 +129,6 @@ def _texts(
             bad.add("the chat template does not extend its own prefix", row.place)
         except BadRow as problem:
             bad.add(str(problem), row.place)
-
-
-def _conversation(row: Mapping[str, Any], form: _Form) -> list[Message]:
-    """The row's messages, the last one the assistant's. Raises BadRow."""
-    if row.get(form.chat_key) is not None:
-        messages = as_messages(row[form.chat_key], form.chat_key)
-    else:
-        named = (form.input_key, form.output_key)
-        known = _PROMPT_KEYS if named in _PROMPT_KEYS else (named,)
-        prompt_key, answer_key = next((keys for keys in known if row.get(keys[0]) is not None), named)
-        if row.get(prompt_key) is None:
-            raise BadRow(f"missing key {form.chat_key} or {prompt_key}")
-        prompt = row[prompt_key]
-        asked = as_messages(prompt, prompt_key) if isinstance(prompt, list) else None
-        asked = asked or [{"role": "user", "content": as_text(row, prompt_key)}]
-        messages = [*asked, {"role": "assistant", "content": as_text(row, answer_key)}]
-    if form.system_key and row.get(form.system_key) is not None:
-        messages = [{"role": "system", "content": as_text(row, form.system_key)}, *messages]
-    if not messages or messages[-1]["role"] != "assistant":
-        raise BadRow("the last message is not the assistant's")
-    if not is_answered(messages[-1]):
-        raise BadRow("empty completion")
-    return messages
 
 
 def _templated(messages: list[Message], tools: Any, tokenizer: Tokenizer, header_in_loss: bool, place: str) -> _Texts:
