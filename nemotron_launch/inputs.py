@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import posixpath
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,10 +48,10 @@ def stages(
     return [*_makers(step, composed, profile, ()), Stage(last, "")]
 
 
-def check_inputs(step: Step, composed: Composed) -> None:
-    """Raise on the first consumed artifact that is not there."""
+def check_inputs(step: Step, composed: Composed, *, made: Collection[str] = ()) -> None:
+    """Raise on the first consumed artifact that is not there. made: keys of those that another run makes first."""
     for artifact, error in _consumed(step, composed):
-        if error:
+        if error and artifact.key not in made:
             raise _nobody_makes(step, composed, artifact, error)
 
 
@@ -86,10 +86,13 @@ def _makers(step: Step, composed: Composed, profile: Profile | None, chain: tupl
         yield Stage(plan_job(maker, made, profile, run_id=new_run_id(maker, made)), why)
 
 
-def notes(step: Step, composed: Composed, job: Job, profile: Profile | None) -> list[str]:
+def notes(
+    step: Step, composed: Composed, job: Job, profile: Profile | None, *, made: Collection[str] = ()
+) -> list[str]:
     """What to say about inputs that are not there, or that only the job's machine can see. Nothing for those in place.
 
-    A job on a Slurm cluster sees the files of this machine when this is its login node: remote_job_dir is there, then.
+    made: as check_inputs. A job on a Slurm cluster sees the files of this machine when this is its login node:
+    remote_job_dir is there, then.
     """
     found = []
     for artifact, error in _consumed(step, composed, _locator(step, job, profile)):
@@ -97,7 +100,7 @@ def notes(step: Step, composed: Composed, job: Job, profile: Profile | None) -> 
         command = f"nemotron steps run {maker['step']} -c {maker['config']}" if maker else ""
         if job.executor != "local" and command:
             command += f" -b {job.profile}"
-        if error is None:
+        if error is None or artifact.key in made:
             continue
         if error is _UNSEEN:
             if maker:

@@ -1,4 +1,4 @@
-"""Where the shipped steps, templates and profiles are: beside the package in a checkout, inside it in a wheel."""
+"""Where what is shipped lies (steps, templates, profiles, pipelines): beside the package, inside it in a wheel."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _PACKAGE = Path(__file__).resolve().parent
 
 
 def root() -> Path:
-    """The folder that holds `steps/`, `templates/` and `profiles/`."""
+    """The folder that holds `steps/`, `templates/`, `profiles/` and `pipelines/`."""
     bundled = _PACKAGE / "_bundled"
     return bundled if bundled.is_dir() else _PACKAGE.parent
 
@@ -28,6 +28,11 @@ def templates_dir() -> Path:
 def profiles_dir() -> Path:
     """The folder of the shipped example profiles."""
     return root() / "profiles"
+
+
+def pipelines_dir() -> Path:
+    """The folder of the shipped pipelines."""
+    return root() / "pipelines"
 
 
 def display(path: Path) -> str:

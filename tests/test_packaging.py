@@ -1,4 +1,4 @@
-"""The wheel: it carries steps, templates and profiles, and works in an empty environment, from any folder."""
+"""The wheel: it carries all that is shipped beside the package, and works in an empty environment, from any folder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 from tests.step_trees import REPOSITORY
 
-BUNDLED = ("steps", "templates", "profiles")
+BUNDLED = ("steps", "templates", "profiles", "pipelines")
 
 
 @pytest.fixture(scope="module")
