@@ -5,38 +5,26 @@ Legend: M pairs, N = 2·M sequences (chosen and rejected alternate), R answer to
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from nemotron_launch.errors import UserError
-from nemotron_launch.trainer import exit_codes, warm_start
-from nemotron_launch.trainer.agreement import same_everywhere, together
+from nemotron_launch.trainer import exit_codes
+from nemotron_launch.trainer.agreement import together
 from nemotron_launch.trainer.batch import Batch, Group, collate
-from nemotron_launch.trainer.data.preference import PreferencePair, load_preferences
-from nemotron_launch.trainer.data.sources import data_section
-from nemotron_launch.trainer.loop import LoopConfig, Progress, Run, Step, resume, train
+from nemotron_launch.trainer.data.preference import PreferencePair
+from nemotron_launch.trainer.loop import Progress, Run, Step
 from nemotron_launch.trainer.losses import DPOWeights, dpo_loss
+from nemotron_launch.trainer.pairs import counts, load_data, rows_of
 from nemotron_launch.trainer.policy import LossFunction, Policy
 from nemotron_launch.trainer.reference import Reference, open_reference
 from nemotron_launch.trainer.row_steps import row_step
-from nemotron_launch.trainer.setup import (
-    Session,
-    checkpoint_to_resume,
-    find_start,
-    fingerprint,
-    new_policy,
-    open_metrics,
-    row_multiple,
-    run_step,
-    say_finished,
-)
+from nemotron_launch.trainer.setup import Session, row_multiple, run_step
+from nemotron_launch.trainer.start import Start, start_training
 from nemotron_launch.trainer.validation import GenerationCheck, padded, shares, weighted_mean
 
-log = logging.getLogger(__name__)
 METRICS = (
     "loss",
     "preference_loss",
@@ -56,72 +44,18 @@ def main(step_dir: Path, argv: list[str] | None = None) -> int:
 
 def run(session: Session) -> int:
     """Load, warm-start or resume, train, and leave an aligned checkpoint_megatron."""
-    config = session.config
     pairs, validation = together(lambda: load_data(session))
-    loop = LoopConfig.of(config, "dpo", len(pairs))
-    data = same_everywhere(_fingerprint(pairs), what="other rows", where="data.train")
-    found = checkpoint_to_resume(session, data=data)
-    progress = Progress.from_info(found[1]) if found else Progress()
-    start = find_start(session, found[1]["warm_start"] if found else None, again=True)
-    with open_metrics(session, progress.step) as metrics:
-        if found and loop.over(progress):
-            return say_finished(session, found[0], progress.step, loop.total_steps, limit="dpo.max_num_steps")
-        log.info("%d training pairs, %d steps of %d", len(pairs), loop.total_steps, loop.global_batch)
-        policy = new_policy(session)
-        warm_start.load(policy, start)
+
+    def train_from(begun: Start) -> int:
+        policy = begun.policy()
         task = PreferenceTask(session, policy, pairs, validation)
-        task.reference = open_reference(session, policy, start, task, loop)
+        task.reference = open_reference(session, policy, begun.weights, task, begun.loop)
         if session.stop.stop_step is not None:
             return exit_codes.RESUME_ME
-        policy.make_trainable(config["policy"]["megatron_cfg"], total_steps=loop.total_steps)
-        if found:
-            resume(policy, *found)
-            log.info("resumed from %s", found[0])
-        setup = Run(
-            config=loop,
-            policy=policy,
-            task=task,
-            store=session.store,
-            metrics=metrics,
-            stop=session.stop,
-            tokenizer=session.tokenizer,
-            composed=config,
-            recorded={"warm_start": start.recorded(), "data": data},
-            started=session.started,
-        )
-        return train(setup, progress)
+        begun.make_trainable(policy)
+        return begun.train(policy, task)
 
-
-def load_data(session: Session) -> tuple[list[PreferencePair], dict[str, list[PreferencePair]]]:
-    """Training pairs, and validation pairs by the name that their metrics carry."""
-    data = session.config["data"]
-
-    def load(section: Mapping[str, object] | None, key: str, split: str) -> list[PreferencePair]:
-        pairs, bad = load_preferences(
-            data_section(data, section, split=split),
-            tokenizer=session.tokenizer,
-            max_length=data["max_input_seq_length"] or session.config["policy"]["max_total_sequence_length"],
-            step_dir=session.step_dir,
-            max_bad_rows=data["max_bad_rows"],
-            key=key,
-        )
-        if session.main_rank and (text := bad.summary()):
-            log.warning("%s: %s", key, text)
-        if not pairs:
-            raise UserError("holds no usable pair", where=key)
-        return pairs
-
-    training = load(data["train"], "data.train", "train")
-    validation = {}
-    if data["validation"]:
-        validation["default"] = load(data["validation"], "data.validation", "validation")
-    for name, path in (data["val_data_paths"] or {}).items():
-        validation[name] = load({"data_path": path}, f"data.val_data_paths.{name}", "train")
-    return training, validation
-
-
-def _fingerprint(pairs: Sequence[PreferencePair]) -> str:
-    return fingerprint(array for pair in pairs for array in (pair.chosen_ids, pair.rejected_ids))
+    return start_training(session, rows_of(pairs, "dpo"), train_from, reference=True)
 
 
 class PreferenceTask:
@@ -205,10 +139,7 @@ class PreferenceTask:
         valid = [pair for pair in pairs if not pair.overlong]
         chosen = [len(pair.chosen_answer) for pair in valid]
         rejected = [len(pair.rejected_answer) for pair in valid]
-        return {
-            "tokens": float(sum(len(pair.chosen_ids) + len(pair.rejected_ids) for pair in pairs)),
-            "global_valid_seqs": 2.0 * len(valid),
-            "global_valid_toks": float(sum(chosen) + sum(rejected)),
+        return counts(pairs) | {
             "chosen_length_mean": float(np.mean(chosen)) if chosen else 0.0,
             "rejected_length_mean": float(np.mean(rejected)) if rejected else 0.0,
         }

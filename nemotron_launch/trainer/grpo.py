@@ -9,11 +9,10 @@ Legend: B rollouts of the step (those of one prompt in a row), N rollouts of a m
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 
-from nemotron_launch.trainer import probe_run, warm_start
+from nemotron_launch.trainer import probe_run
 from nemotron_launch.trainer.agreement import together
 from nemotron_launch.trainer.environments import open_environments
 from nemotron_launch.trainer.environments.router import Environments
@@ -24,19 +23,9 @@ from nemotron_launch.trainer.grpo_samples import SampleLog
 from nemotron_launch.trainer.grpo_settings import Settings
 from nemotron_launch.trainer.grpo_step import RolloutTask
 from nemotron_launch.trainer.grpo_validation import Validation
-from nemotron_launch.trainer.loop import LoopConfig, Progress, Run, resume, train
 from nemotron_launch.trainer.reference import frozen_logps
-from nemotron_launch.trainer.setup import (
-    Session,
-    checkpoint_to_resume,
-    find_start,
-    new_policy,
-    open_metrics,
-    run_step,
-    say_finished,
-)
-
-log = logging.getLogger(__name__)
+from nemotron_launch.trainer.setup import Session, run_step
+from nemotron_launch.trainer.start import Rows, Start, start_training
 
 
 def main(step_dir: Path, argv: list[str] | None = None) -> int:
@@ -68,27 +57,13 @@ def scoring(session: Session) -> Iterator[Environments | None]:
 def _run(session: Session, environments: Environments | None) -> int:
     config = session.config
     prompts = load_data(session, environments)
-    loop = LoopConfig.of(config, "grpo", len(prompts.training))
-    found = checkpoint_to_resume(session, data=prompts.fingerprint)
-    progress = Progress.from_info(found[1]) if found else Progress()
     settings = Settings.of(session)
-    start = find_start(session, found[1]["warm_start"] if found else None, again=settings.needs_reference)
-    with open_metrics(session, progress.step) as metrics:
-        if found and loop.over(progress):
-            return say_finished(session, found[0], progress.step, loop.total_steps, limit="grpo.max_num_steps")
-        group = config["grpo"]["num_generations_per_prompt"]
-        log.info(
-            "%d training prompts, %d steps of %d × %d rollouts",
-            len(prompts.training), loop.total_steps, config["grpo"]["num_prompts_per_step"], group,
-        )  # fmt: skip
-        policy = new_policy(session)
-        warm_start.load(policy, start)
+
+    def train_from(begun: Start) -> int:
+        policy = begun.policy()
         kind = config["grpo"]["reference"]
-        reference = frozen_logps(session, policy, start, kind=kind) if settings.needs_reference else None
-        policy.make_trainable(config["policy"]["megatron_cfg"], total_steps=loop.total_steps)
-        if found:
-            resume(policy, *found)
-            log.info("resumed from %s", found[0])
+        reference = frozen_logps(session, policy, begun.weights, kind=kind) if settings.needs_reference else None
+        begun.make_trainable(policy)
         sampling = sampling_of(config["policy"]["generation"], session.tokenizer)
         with contextlib.closing(open_generator(session, policy)) as generator:
             roller = Roller(
@@ -96,7 +71,7 @@ def _run(session: Session, environments: Environments | None) -> int:
                 environments=environments,
                 tokenizer=session.tokenizer,
                 layout=session.layout,
-                seed=loop.seed,
+                seed=begun.loop.seed,
                 max_failed=config["env"]["max_failed_rollouts"],
             )
             task = RolloutTask(
@@ -106,18 +81,10 @@ def _run(session: Session, environments: Environments | None) -> int:
                 roller=roller,
                 reference=reference,
                 validation=Validation.of(config, prompts.held_out, sampling),
-                samples=SampleLog(session.output_dir, resume_step=progress.step, enabled=session.main_rank),
+                samples=SampleLog(session.output_dir, resume_step=begun.progress.step, enabled=session.main_rank),
             )
-            setup = Run(
-                config=loop,
-                policy=policy,
-                task=task,
-                store=session.store,
-                metrics=metrics,
-                stop=session.stop,
-                tokenizer=session.tokenizer,
-                composed=config,
-                recorded={"warm_start": start.recorded(), "data": prompts.fingerprint},
-                started=session.started,
-            )
-            return train(setup, progress)
+            return begun.train(policy, task)
+
+    step = f"{config['grpo']['num_prompts_per_step']} × {config['grpo']['num_generations_per_prompt']} rollouts"
+    rows = Rows("grpo", len(prompts.training), prompts.fingerprint, "prompts", step)
+    return start_training(session, rows, train_from, reference=settings.needs_reference)

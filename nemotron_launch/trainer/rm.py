@@ -21,28 +21,19 @@ from torch import Tensor
 
 from nemotron_launch.errors import UserError
 from nemotron_launch.trainer import hf, warm_start
-from nemotron_launch.trainer.agreement import on_rank_0, same_everywhere, together
+from nemotron_launch.trainer.agreement import on_rank_0, together
 from nemotron_launch.trainer.architecture import hf_config
 from nemotron_launch.trainer.data.preference import PreferencePair
-from nemotron_launch.trainer.dpo import load_data
-from nemotron_launch.trainer.loop import LoopConfig, Progress, Run, Step, train
+from nemotron_launch.trainer.loop import Progress, Run, Step
 from nemotron_launch.trainer.losses import bradley_terry_loss
 from nemotron_launch.trainer.megatron import parallel
 from nemotron_launch.trainer.megatron.optimizer import build_scheduler
+from nemotron_launch.trainer.pairs import counts, load_data, rows_of
 from nemotron_launch.trainer.policy import LossFunction, Policy
 from nemotron_launch.trainer.reward_models import HF_FOLDER, RewardModel
 from nemotron_launch.trainer.row_steps import row_step
-from nemotron_launch.trainer.setup import (
-    DTYPES,
-    Session,
-    checkpoint_to_resume,
-    find_start,
-    fingerprint,
-    numerics,
-    open_metrics,
-    run_step,
-    say_finished,
-)
+from nemotron_launch.trainer.setup import DTYPES, Session, numerics, run_step
+from nemotron_launch.trainer.start import Start, start_training
 from nemotron_launch.trainer.validation import padded, shares, weighted_mean
 
 log = logging.getLogger(__name__)
@@ -62,38 +53,20 @@ def main(step_dir: Path, argv: list[str] | None = None) -> int:
 
 def run(session: Session) -> int:
     """Load, warm-start or resume, train, and leave a checkpoint_hf in every step_N."""
-    config = session.config
     pairs, validation = together(lambda: load_data(session))
-    loop = LoopConfig.of(config, "rm", len(pairs))
-    rows = fingerprint(array for pair in pairs for array in (pair.chosen_ids, pair.rejected_ids))
-    data = same_everywhere(rows, what="other rows", where="data.train")
-    found = checkpoint_to_resume(session, data=data)
-    progress = Progress.from_info(found[1]) if found else Progress()
-    start = find_start(session, found[1]["warm_start"] if found else None, again=False)
-    with open_metrics(session, progress.step) as metrics:
-        if found and loop.over(progress):
-            return say_finished(session, found[0], progress.step, loop.total_steps, limit="rm.max_num_steps")
-        log.info("%d training pairs, %d steps of %d", len(pairs), loop.total_steps, loop.global_batch)
-        model = TrainedRewardModel(session, total_steps=loop.total_steps)
-        if found:
-            model.resume(*found)
-            log.info("resumed from %s", found[0])
+
+    def train_from(begun: Start) -> int:
+        model = TrainedRewardModel(session, total_steps=begun.loop.total_steps)
+        if begun.found:
+            model.resume(*begun.found)
+            begun.say_resumed()
         else:
-            model.start_from(start)
-        setup = Run(
-            config=loop,
-            policy=model,
-            task=PairTask(session, model, pairs, validation),
-            store=session.store,
-            metrics=metrics,
-            stop=session.stop,
-            tokenizer=session.tokenizer,
-            composed=config,
-            recorded={"warm_start": start.recorded(), "data": data},
-            started=session.started,
-            save_tensors=lambda folder: model.save(folder, optimizer=loop.save_optimizer),
-        )
-        return train(setup, progress)
+            model.start_from(begun.weights)
+        keep = begun.loop.save_optimizer
+        task = PairTask(session, model, pairs, validation)
+        return begun.train(model, task, save_tensors=lambda folder: model.save(folder, optimizer=keep))
+
+    return start_training(session, rows_of(pairs, "rm"), train_from)
 
 
 class TrainedRewardModel:
@@ -284,14 +257,7 @@ class PairTask:
         return loss
 
     def describe(self, indices: np.ndarray) -> dict[str, float]:
-        pairs = [self.pairs[i] for i in indices]
-        tokens = float(sum(len(pair.chosen_ids) + len(pair.rejected_ids) for pair in pairs))
-        valid = [pair for pair in pairs if not pair.overlong]
-        return {
-            "tokens": tokens,
-            "global_valid_seqs": 2.0 * len(valid),
-            "global_valid_toks": float(sum(len(pair.chosen_answer) + len(pair.rejected_answer) for pair in valid)),
-        }
+        return counts([self.pairs[i] for i in indices])
 
     def sources(self, indices: np.ndarray) -> list[str]:
         return [self.pairs[i].source for i in indices]

@@ -13,26 +13,16 @@ import numpy as np
 import torch
 
 from nemotron_launch.errors import UserError
-from nemotron_launch.trainer import warm_start
 from nemotron_launch.trainer.agreement import same_everywhere, together
 from nemotron_launch.trainer.batch import Batch, Group, collate
 from nemotron_launch.trainer.data.sft import SFTExample, load_sft
 from nemotron_launch.trainer.data.sources import data_section
-from nemotron_launch.trainer.loop import LoopConfig, Progress, Run, Step, resume, train
+from nemotron_launch.trainer.loop import Progress, Run, Step
 from nemotron_launch.trainer.losses import sft_loss
 from nemotron_launch.trainer.policy import LossFunction, Policy
 from nemotron_launch.trainer.row_steps import row_step
-from nemotron_launch.trainer.setup import (
-    Session,
-    checkpoint_to_resume,
-    find_start,
-    fingerprint,
-    new_policy,
-    open_metrics,
-    row_multiple,
-    run_step,
-    say_finished,
-)
+from nemotron_launch.trainer.setup import Session, fingerprint, row_multiple, run_step
+from nemotron_launch.trainer.start import Rows, Start, start_training
 from nemotron_launch.trainer.validation import GenerationCheck, padded, shares, weighted_mean
 
 log = logging.getLogger(__name__)
@@ -46,37 +36,15 @@ def main(step_dir: Path, argv: list[str] | None = None) -> int:
 
 def run(session: Session) -> int:
     """Load, warm-start or resume, train, and leave a checkpoint_megatron."""
-    config = session.config
     examples, validation = together(lambda: load_data(session))
-    loop = LoopConfig.of(config, "sft", len(examples))
+
+    def train_from(begun: Start) -> int:
+        policy = begun.policy()
+        begun.make_trainable(policy)
+        return begun.train(policy, ConversationTask(session, policy, examples, validation))
+
     data = same_everywhere(_fingerprint(examples), what="other rows", where="data.train")
-    found = checkpoint_to_resume(session, data=data)
-    progress = Progress.from_info(found[1]) if found else Progress()
-    start = find_start(session, found[1]["warm_start"] if found else None, again=False)
-    with open_metrics(session, progress.step) as metrics:
-        if found and loop.over(progress):
-            return say_finished(session, found[0], progress.step, loop.total_steps, limit="sft.max_num_steps")
-        log.info("%d training rows, %d steps of %d", len(examples), loop.total_steps, loop.global_batch)
-        policy = new_policy(session)
-        if not found:
-            warm_start.load(policy, start)
-        policy.make_trainable(config["policy"]["megatron_cfg"], total_steps=loop.total_steps)
-        if found:
-            resume(policy, *found)
-            log.info("resumed from %s", found[0])
-        setup = Run(
-            config=loop,
-            policy=policy,
-            task=ConversationTask(session, policy, examples, validation),
-            store=session.store,
-            metrics=metrics,
-            stop=session.stop,
-            tokenizer=session.tokenizer,
-            composed=config,
-            recorded={"warm_start": start.recorded(), "data": data},
-            started=session.started,
-        )
-        return train(setup, progress)
+    return start_training(session, Rows("sft", len(examples), data, "rows"), train_from)
 
 
 def load_data(session: Session) -> tuple[list[SFTExample], dict[str, list[SFTExample]]]:
