@@ -30,6 +30,23 @@ class Artifact:
 
 
 @frozen
+class Use:
+    """An artifact that a config names in place of a path. text: how it does; name, version, run_id: which one that is.
+
+    digest: of the record of the run that made it. place: the path that took the name's place.
+    """
+
+    key: str
+    type: str
+    text: str
+    name: str
+    version: int
+    run_id: str
+    digest: str
+    place: str
+
+
+@frozen
 class Mount:
     """A folder that the job sees. source: on the node, or Lepton's `node-…` volume path; target: inside the container.
 
@@ -132,7 +149,8 @@ class Job:
     them, after the first `procs`. env: set last inside the container. setup: shell lines, run on every node before the
     command. options: the profile's executor keys (account, partition, node_group, …), checked by its schema. points:
     of a sweep that is one array job, `max_parallel` of them at a time (0: all); command, output_dir and produces are
-    then the first point's, and its folder is `<run_dir>/point-<number>`.
+    then the first point's, and its folder is `<run_dir>/point-<number>`. artifact: the name under which what it makes
+    is registered; uses: where its config names artifacts. Neither changes what runs.
     """
 
     run_id: str
@@ -164,3 +182,5 @@ class Job:
     profile_from_cwd: bool = False
     points: tuple[Point, ...] = ()
     max_parallel: int = 0
+    artifact: str = ""
+    uses: tuple[Use, ...] = ()

@@ -265,6 +265,8 @@ def _job(
         template=template,
         template_from_cwd=bool(template) and _below_cwd(Path(template)),
         profile_from_cwd=profile.from_cwd if profile else False,
+        artifact=_artifact_name(step, composed, output_dir, point),
+        uses=composed.uses,
     )
 
 
@@ -362,12 +364,20 @@ def _below_cwd(path: Path) -> bool:
 
 def _content_id(job: Job) -> str:
     """A run id that the same content always gets."""
-    # The bundle counts by its name, which is its content's.
-    content = json.dumps(job, default=lambda part: part.file if isinstance(part, Bundle) else vars(part))
+    # The bundle counts by its name, which is its content's; what is only written down about artifacts does not.
+    known = {name: value for name, value in vars(job).items() if name not in ("artifact", "uses")}
+    content = json.dumps(known, default=lambda part: part.file if isinstance(part, Bundle) else vars(part))
     if job.template:
         with suppress(OSError, ValueError):  # said when it is rendered
             content += Path(job.template).read_text(encoding="utf-8")
     return f"{job.name}-{sha256(content.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"
+
+
+def _artifact_name(step: Step, composed: Composed, output_dir: str, point: int | None) -> str:
+    """`run.artifact_name`, else its output folder's name; of points, and where that says nothing, the job's."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", posixpath.basename(output_dir)).strip("-.")
+    named = composed.get("run.artifact_name")
+    return str(named) if named else _slug(step, composed) if point is not None or name in ("", "output") else name
 
 
 def _slug(step: Step, composed: Composed) -> str:

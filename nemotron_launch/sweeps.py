@@ -31,7 +31,7 @@ PACKED = "points.tar.gz"  # in the run's folder: a folder for each point, see pa
 _LONGEST_NAME = 100
 _SHOWN = 100  # different problems of points, in a message
 # What may differ between the points of an array: all else is in the one script that they share.
-_OWN = ("files", "command", "output_dir", "produces", "consumes")
+_OWN = ("files", "command", "output_dir", "produces", "consumes", "artifact", "uses")
 _REASONS = {
     "nodes": "cluster.num_nodes",
     "procs": "cluster.procs_per_node",

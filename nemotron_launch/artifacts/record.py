@@ -34,16 +34,19 @@ FORMAT = 1
 LARGEST_HASHED = 64 << 20  # bytes of an input that is hashed whole
 _ABOVE = 7  # folders between an output folder and the deepest that a config names: …/step_N/policy/weights/iter_N
 _TAIL = 1 << 16  # bytes of metrics.jsonl's end
-# The file that tells one content of an artifact from another, in its folder or its newest step_N.
+# What tells one content of an artifact from another, in its folder or its newest step_N.
 _TELLING = (INFO, "model.safetensors.index.json", "config.json", "manifest.json")
+_WEIGHTS = ("*.safetensors", "policy/weights/*/*.distcp")
+_SAMPLED = 4  # files of weights whose ends are read
+_END = 1 << 18  # bytes of an end
 
 
 @frozen
 class Made:
     """An artifact that a run made.
 
-    path: the folder or file that its config key names. checkpoint: of a folder of step_N, the newest one's name.
-    content: sha256 of the file that tells this content from another (training_info.json, manifest.json, config.json).
+    path: the folder or file that its config key names. checkpoint: which one it is, in a folder of step_N.
+    content: sha256 of what tells this content from another: a manifest, training_info.json, sizes and ends of weights.
     tokens, architecture: of the model, or the tokenizer that measured the rows; None where it has none.
     """
 
@@ -57,7 +60,7 @@ class Made:
 
     @property
     def place(self) -> str:
-        """The path of exactly this content: the newest step_N of a run, the file or folder of anything else."""
+        """The path of exactly this content: a step_N, or the model in it; the file or folder itself of anything else."""
         return os.path.join(self.path, self.checkpoint) if self.checkpoint else self.path
 
 
@@ -110,17 +113,17 @@ def register(
     with contextlib.suppress(UserError):
         if (old := read(path)) and made and _same(old.artifacts, made):
             return path
-    data = {
-        "format": FORMAT,
-        "step": load_step(step_dir).id,
-        "config_sha256": _config_hash(config_path),
-        "created": time.time(),
-        "artifacts": [_made_data(one, folder) for one in made],
-        "inputs": [vars(one) for one in _used(step_dir, config)],
-        "code": _code(config_path),
-        "metrics": _finite(metrics if metrics is not None else last_metrics(folder)),
-    }
-    _write(path, (json.dumps(data, indent=1) + "\n").encode("utf-8", "surrogatepass"))
+    record = Record(
+        step=load_step(step_dir).id,
+        config_sha256=_config_hash(config_path),
+        created=time.time(),
+        artifacts=tuple(made),
+        inputs=tuple(_used(step_dir, config)),
+        code=_code(config_path),
+        metrics=_finite(metrics if metrics is not None else last_metrics(folder)),
+        folder=str(folder),
+    )
+    _write(path, as_bytes(record))
     return path
 
 
@@ -136,8 +139,26 @@ def read(path: Path) -> Record | None:
     return parse(data, str(file.parent.absolute()))
 
 
-def parse(data: bytes, folder: str) -> Record:
-    """A record from its bytes. folder: where it lies, also on another machine. UserError: it is not one."""
+def as_bytes(record: Record) -> bytes:
+    """The file of a record."""
+    data = {
+        "format": FORMAT,
+        "step": record.step,
+        "config_sha256": record.config_sha256,
+        "created": record.created,
+        "artifacts": [_made_data(one, Path(record.folder)) for one in record.artifacts],
+        "inputs": [vars(one) for one in record.inputs],
+        "code": dict(record.code),
+        "metrics": dict(record.metrics),
+    }
+    return (json.dumps(data, indent=1) + "\n").encode("utf-8", "surrogatepass")
+
+
+def parse(data: bytes, folder: str, *, digest: str = "") -> Record:
+    """A record from its bytes. folder: where it lies, also on another machine. UserError: it is not one.
+
+    digest: of the file from which the bytes were made, where they are not that file's.
+    """
     where = os.path.join(folder, FILE)
     try:
         body = json.loads(data)
@@ -151,7 +172,7 @@ def parse(data: bytes, folder: str) -> Record:
             inputs=tuple(Used(**one) for one in body["inputs"]),
             code=dict(body["code"]),
             metrics=dict(body["metrics"]),
-            digest=sha256(data).hexdigest(),
+            digest=digest or sha256(data).hexdigest(),
             folder=folder,
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -184,14 +205,22 @@ def is_there(made: Made) -> str:
 
 
 def content_of(path: Path) -> str:
-    """What tells the content of an artifact: sha256 of its telling file; empty where it has none."""
+    """What tells the content of a file, a model or a checkpoint from another; empty where nothing does."""
     if path.is_file():
         return _file_hash(path)
-    for name in _TELLING:
-        if (path / name).is_file():
-            return _file_hash(path / name)
-    newest = newest_complete(path)
-    return _file_hash(newest / INFO) if newest else ""
+    telling = next((path / name for name in _TELLING if (path / name).is_file()), None)
+    if telling is None:
+        newest = newest_complete(path)
+        return content_of(newest) if newest else ""
+    weights = [file for pattern in _WEIGHTS for file in path.glob(pattern) if file.is_file()]
+    if not weights:
+        return _file_hash(telling)
+    digest = sha256(_file_hash(telling).encode())
+    for n, file in enumerate(sorted(weights)):
+        digest.update(f"{file.name} {file.stat().st_size}".encode())
+        if n < _SAMPLED:
+            digest.update(_file_hash(file, largest=0).encode())
+    return digest.hexdigest()
 
 
 def last_metrics(folder: Path) -> dict[str, float]:
@@ -221,12 +250,13 @@ def _made(step_dir: Path, config: Mapping[str, Any], folder: Path) -> Iterator[M
         if not path.exists() or (port.type == "checkpoint_megatron" and newest is None):
             continue
         holder = newest or path
+        model = holder / "hf" if port.type == "checkpoint_hf" and (holder / "hf").is_dir() else holder
         yield Made(
             port.type,
             port.key,
             str(path),
-            newest.name if newest else "",
-            content_of(holder),
+            str(model.relative_to(path)) if newest else "",
+            content_of(model),
             _tokens(holder, config, step_dir),
             _architecture(holder),
         )
@@ -354,15 +384,15 @@ def _finite(metrics: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def _file_hash(path: Path) -> str:
-    """sha256 of a file; of a large one, of its size and its ends."""
+def _file_hash(path: Path, *, largest: int = LARGEST_HASHED) -> str:
+    """sha256 of a file; of one with more than `largest` bytes, of its size and its ends."""
     digest = sha256()
     with path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(0)
-        if size > LARGEST_HASHED:
-            digest.update(f"{size} bytes".encode() + file.read(1 << 20))
-            file.seek(size - (1 << 20))
+        if size > max(largest, 2 * _END):
+            digest.update(f"{size} bytes".encode() + file.read(_END))
+            file.seek(size - _END)
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
@@ -372,14 +402,15 @@ def _write(path: Path, data: bytes) -> None:
     passing = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with passing.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        with passing.open("wb") as out:
+            out.write(data)
+            out.flush()
+            os.fsync(out.fileno())
         passing.replace(path)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            passing.unlink()
+        for file in (passing, path):  # an older one would speak of what is no longer there
+            with contextlib.suppress(OSError):
+                file.unlink()
         reason = (error.strerror or str(error)).lower()
         hint = "the artifacts themselves are there; the same command, run again, records them"
         raise UserError(f"cannot be written: {reason}", where=str(path), hint=hint, exit_code=1) from None

@@ -16,6 +16,7 @@ from nemotron_launch.config.validation import Problem, check
 from nemotron_launch.config.yaml_files import load_tree
 from nemotron_launch.errors import UserError
 from nemotron_launch.frozen import frozen
+from nemotron_launch.job import Use
 from nemotron_launch.resources import display
 
 
@@ -36,13 +37,17 @@ class Provenance:
 
 @frozen
 class Composed:
-    """A config with every layer applied and every interpolation resolved: plain dicts, lists and scalars."""
+    """A config with every layer applied and every interpolation resolved: plain dicts, lists and scalars.
+
+    uses: where artifacts' names stood and their paths stand now.
+    """
 
     name: str
     data: dict[str, Any]
     sources: Provenance
     files: tuple[Path, ...]
     overrides: tuple[str, ...]
+    uses: tuple[Use, ...] = ()
 
     def get(self, key: str, default: Any = None) -> Any:
         """The value of a dotted key, or `default` where it or a mapping around it is absent or null."""

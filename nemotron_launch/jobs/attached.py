@@ -17,13 +17,13 @@ from nemotron_launch.jobs.submission import new_run
 
 
 @contextmanager
-def recorded(job: Job, overrides: Sequence[str]) -> Iterator[Callable[[Seen], None]]:
+def recorded(job: Job, overrides: Sequence[str], **fields: str) -> Iterator[Callable[[Seen], None]]:
     """Add the run to the ledger; what is yielded writes down its end. RunExists: the id is taken.
 
-    A ledger that cannot be used is a warning.
+    fields: more of the row, such as the stage that it is. A ledger that cannot be used is a warning.
     """
     run = replace(new_run(job, overrides), state="running", job_id=str(os.getpid()), started=time.time())
-    run = replace(run, submitted=run.started)
+    run = replace(run, submitted=run.started, **fields)
     try:
         with Ledger() as ledger:
             ledger.add([run])

@@ -21,11 +21,12 @@ from nemotron_launch.resources import display
 
 FILE = "jobs.db"
 LAST = "last"  # the newest run, or the sweep that it is a point of
-_VERSION = 1
 _PATIENCE = 60.0  # seconds that a command waits for the others
 _LISTED = 10  # run ids that a message names
 # A row is the run as JSON, which carries every text that a path or a name may be; the columns are what is searched by.
-_SCHEMA = """
+# A script for each version of the file; what a new one changes, older files get when they are opened.
+_SCHEMAS = (
+    """
 CREATE TABLE runs (
     run_id TEXT PRIMARY KEY, sweep TEXT NOT NULL, point INTEGER, created REAL NOT NULL, state TEXT NOT NULL,
     data TEXT NOT NULL
@@ -34,11 +35,23 @@ CREATE INDEX runs_by_time ON runs (created);
 CREATE INDEX runs_by_sweep ON runs (sweep, point) WHERE sweep != '';
 CREATE INDEX runs_by_state ON runs (state);
 CREATE TABLE locks (name TEXT PRIMARY KEY, holder TEXT NOT NULL, until REAL NOT NULL) WITHOUT ROWID;
-"""
+""",
+    # artifacts: what runs made, see artifacts/registry.py. registered: of each run that has finished, which version its
+    # artifacts are; an empty name where it left no record.
+    """
+CREATE TABLE artifacts (
+    name TEXT NOT NULL, version INTEGER NOT NULL, run_id TEXT NOT NULL, step TEXT NOT NULL, digest TEXT NOT NULL,
+    created REAL NOT NULL, data TEXT NOT NULL, PRIMARY KEY (name, version)
+) WITHOUT ROWID;
+CREATE INDEX artifacts_by_digest ON artifacts (digest);
+CREATE TABLE registered (run_id TEXT PRIMARY KEY, name TEXT NOT NULL, version INTEGER NOT NULL) WITHOUT ROWID;
+""",
+)
+_VERSION = len(_SCHEMAS)
 _INSERT = "INSERT INTO runs (data, state, sweep, point, created, run_id) VALUES (?, ?, ?, ?, ?, ?)"
 _UPDATE = "UPDATE runs SET data = ?, state = ?, sweep = ?, point = ?, created = ? WHERE run_id = ?"
 _TAKEN = "SELECT 1 FROM runs WHERE run_id = ? UNION ALL SELECT 1 FROM runs WHERE sweep = ? AND sweep != '' LIMIT 1"
-_TUPLES = ("overrides", "after")
+_TUPLES = ("overrides", "after", "uses")
 _FIELDS = frozenset(Run.__dict__["__dataclass_fields__"])
 # statfs(2): ext, XFS, Btrfs, tmpfs, overlayfs, ZFS, F2FS, bcachefs. On any other, NFS or Lustre for example, what
 # write-ahead logging keeps in shared memory is not shared.
@@ -124,9 +137,11 @@ class Ledger:
         return changed
 
     def remove(self, run_ids: Iterable[str]) -> None:
-        """Forget runs."""
+        """Forget runs; what they made stays known, as it stays where it is."""
         with self._writing():
-            self._db.executemany("DELETE FROM runs WHERE run_id = ?", [(run_id,) for run_id in run_ids])
+            forgotten = [(run_id,) for run_id in run_ids]
+            self._db.executemany("DELETE FROM runs WHERE run_id = ?", forgotten)
+            self._db.executemany("DELETE FROM registered WHERE run_id = ?", forgotten)
 
     @contextmanager
     def lock(self, name: str, holder: str, alive: Callable[[str], bool], *, seconds: float = 600) -> Iterator[bool]:
@@ -227,6 +242,19 @@ class Ledger:
             hint=(f"did you mean {near[0]}?" if near else "nemotron jobs list shows the runs"),
         )
 
+    # For what else is kept in the same file.
+
+    def query(self, statement: str, values: Sequence[Any] = ()) -> list[Any]:
+        """The rows that a SELECT finds."""
+        with self._said():
+            return self._db.execute(statement, values).fetchall()
+
+    @contextmanager
+    def transaction(self) -> Iterator[Callable[..., sqlite3.Cursor]]:
+        """Changes that are made together or not at all; yields what executes a statement with its values."""
+        with self._writing():
+            yield self._db.execute
+
     # SQLite.
 
     def _set_up(self) -> None:
@@ -238,9 +266,10 @@ class Ledger:
         if version < _VERSION:
             with self._writing():
                 (version,) = self._db.execute("PRAGMA user_version").fetchone()
-                if version == 0:  # and nobody else has made it meanwhile
-                    for statement in _SCHEMA.split(";"):
+                for script in _SCHEMAS[version:]:  # those that nobody else has run meanwhile
+                    for statement in script.split(";"):
                         self._db.execute(statement)
+                if version < _VERSION:
                     self._db.execute(f"PRAGMA user_version = {_VERSION}")
         elif version > _VERSION:
             hint = "update nemotron, or let NEMOTRON_STATE_DIR name another folder"

@@ -24,8 +24,10 @@ class Run:
     of claim, logs/attempt-N and exit_code: run_dir, or run_dir/point-N for a point of a sweep. secrets: name → source
     of each, so that a resubmission can write them again. sweep, point: the run that this one is a point of, and its
     number. job_id: Slurm's (with its cluster behind it in `cluster`), Lepton's, or the supervisor's process id here.
-    checkpoints: the folder of its step_N folders, if it makes any. attempt: restarts seen so far. reason: why it waits,
-    or how it ended, in the executor's words or ours.
+    checkpoints: the folder of its step_N folders, if it makes any. pipeline, stage: the file of the pipeline that it is
+    a stage of, and the stage's name. attempt: restarts seen so far. reason: why it waits,
+    or how it ended, in the executor's words or ours. artifact: the name that its artifacts get. uses: artifacts that
+    its config names (`job.Use` as data). code: the bundle and the git revision that it was submitted with.
     """
 
     run_id: str
@@ -50,6 +52,8 @@ class Run:
     sweep: str = ""
     point: int | None = None
     after: tuple[str, ...] = ()
+    pipeline: str = ""
+    stage: str = ""
     job_id: str = ""
     cluster: str = ""
     state: State = "submitting"
@@ -59,4 +63,7 @@ class Run:
     submitted: float | None = None
     started: float | None = None
     ended: float | None = None
+    artifact: str = ""
+    uses: tuple[Mapping[str, Any], ...] = ()
+    code: Mapping[str, Any] = field(default_factory=dict)
     submitter: str = ""  # host:pid:start of the process that is submitting it, to know whether that one still lives

@@ -14,7 +14,7 @@ from contextlib import suppress
 from hashlib import sha256
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nemotron_launch.backends.live import Backend, Refused, open_backend
 from nemotron_launch.errors import UserError
@@ -26,6 +26,7 @@ from nemotron_launch.jobs.process import identity
 from nemotron_launch.jobs.run import Run
 
 if TYPE_CHECKING:
+    from nemotron_launch.jobs.settle import Backends, Warn
     from nemotron_launch.render import Rendered
 
 SECRETS = "secrets.env"
@@ -70,6 +71,9 @@ def new_run(job: Job, overrides: Sequence[str] = (), *, after: Sequence[Run] = (
         overrides=tuple(overrides),
         max_restarts=job.restart.max_restarts,
         after=tuple(run.run_id for run in after),
+        artifact=job.artifact,
+        uses=tuple(dict(vars(use)) for use in job.uses),
+        code=_code(job),
         submitter=identity(),
     )
 
@@ -86,6 +90,8 @@ def point_of(sweep: Run, point: int, job: Job, config: str, overrides: Sequence[
         checkpoints=_checkpoints(job, sweep.workdir),
         config_sha256=_hash(config),
         overrides=tuple(overrides),
+        artifact=job.artifact,
+        uses=tuple(dict(vars(use)) for use in job.uses),
     )
 
 
@@ -135,6 +141,32 @@ def submit(
     finally:
         shutil.rmtree(passing, ignore_errors=True)
     return place(ledger, rows, run, [*files, *secret], backend, after=waits, notes=notes)
+
+
+def submit_behind(
+    ledger: Ledger,
+    backends: Backends,
+    run: Run,
+    files: Sequence[Upload],
+    after: Sequence[Run],
+    warn: Warn,
+    *,
+    points: Sequence[Run] = (),
+) -> list[Run]:
+    """As submit, behind other runs, which the rows name; a Ctrl-C and a lost connection say how to find out."""
+    names = tuple(one.run_id for one in after)
+    run, points = replace(run, after=names), [replace(point, after=names) for point in points]
+    hint = f"nemotron jobs status {run.run_id}"
+    try:
+        return submit(ledger, run, files, after=after, backend=backends.of(run), points=points)
+    except KeyboardInterrupt:
+        warn(f"interrupted: it may have been submitted; this finds out:  {hint}")
+        raise
+    except Unreachable as error:
+        if ledger.get((points or [run])[0].run_id) is None:
+            raise  # out of reach from the start
+        hint = "\n".join(filter(None, [error.hint, f"it may have arrived; this finds out:  {hint}"]))
+        raise Unreachable(error.message, where=error.where, hint=hint, exit_code=error.exit_code) from None
 
 
 def place(
@@ -205,7 +237,7 @@ def secret_files(run: Run, env: Mapping[str, str]) -> list[Upload]:
 
 def kept(folder: Path, run_id: str) -> list[Upload]:
     """The files of a run as they were submitted, without secrets. folder: the ledger's. UserError: they are gone."""
-    home = folder / _KEPT / run_id
+    home = kept_folder(folder, run_id)
     files = [path for path in sorted(home.rglob("*")) if path.is_file()]
     if not files:
         raise UserError(
@@ -215,6 +247,11 @@ def kept(folder: Path, run_id: str) -> list[Upload]:
             exit_code=1,
         )
     return [Upload(str(path.relative_to(home)), path.read_bytes(), path.stat().st_mode & 0o777) for path in files]
+
+
+def kept_folder(folder: Path, run_id: str) -> Path:
+    """Where the files of a run, or of a whole sweep, are kept."""
+    return folder / _KEPT / run_id
 
 
 def forget(folder: Path, run_id: str) -> None:
@@ -277,6 +314,13 @@ def _checkpoints(job: Job, workdir: str) -> str:
         if artifact.key == "checkpointing.checkpoint_dir" and artifact.value:
             return os.path.join(workdir, str(artifact.value))
     return ""
+
+
+def _code(job: Job) -> dict[str, Any]:
+    made = job.bundle
+    if made is None:
+        return {}
+    return {"bundle": made.file, "git_revision": made.git_revision, "git_dirty": made.git_dirty}
 
 
 def _hash(text: str) -> str:
