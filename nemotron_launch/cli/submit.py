@@ -13,12 +13,12 @@ from nemotron_launch.catalog import Step
 from nemotron_launch.cli.jobs import warn
 from nemotron_launch.errors import UserError
 from nemotron_launch.frozen import frozen, replace
-from nemotron_launch.hosts import Unreachable, Upload
+from nemotron_launch.hosts import Upload
 from nemotron_launch.jobs.ledger import Ledger
 from nemotron_launch.jobs.run import Run
 from nemotron_launch.jobs.settle import Backends, settle
 from nemotron_launch.jobs.status import refresh
-from nemotron_launch.jobs.submission import new_run, submit, uploads
+from nemotron_launch.jobs.submission import new_run, submit_behind, uploads
 
 if TYPE_CHECKING:
     from nemotron_launch.profiles import Profile
@@ -70,11 +70,10 @@ def submit_all(planned: Sequence[tuple[Run, Sequence[Upload], Sequence[Run]]], a
         before = [known.run for known in refresh(ledger, backends, named, warn)]
         rows: list[Run] = []
         for run, files, points in planned:
-            after = tuple(one.run_id for one in before)
             options = {**run.options, "force_squash": True} if asked.force_squash else run.options
-            run = replace(run, after=after, options=options)
-            points = [replace(point, after=after, options=options) for point in points]
-            before = rows = _submit(ledger, backends, run, files, before, points=points)
+            run = replace(run, options=options)
+            points = [replace(point, options=options) for point in points]
+            before = rows = submit_behind(ledger, backends, run, files, before, warn, points=points)
             if not asked.as_json:
                 say_submitted(rows, asked.attached)
         if asked.as_json:
@@ -84,22 +83,6 @@ def submit_all(planned: Sequence[tuple[Run, Sequence[Upload], Sequence[Run]]], a
         from nemotron_launch.cli.following import follow_to_end
 
         return follow_to_end(ledger, backends, rows, on_interrupt=asked.on_interrupt)
-
-
-def _submit(
-    ledger: Ledger, backends: Backends, run: Run, files: Sequence[Upload], after: Sequence[Run], **more: Any
-) -> list[Run]:
-    try:
-        return submit(ledger, run, files, after=after, backend=backends.of(run), **more)
-    except KeyboardInterrupt:
-        warn(f"interrupted: it may have been submitted; this finds out:  nemotron jobs status {run.run_id}")
-        raise
-    except Unreachable as error:
-        if ledger.get((more.get("points") or [run])[0].run_id) is None:
-            raise  # out of reach from the start
-        hint = f"it may have arrived; this finds out:  nemotron jobs status {run.run_id}"
-        hint = "\n".join(filter(None, [error.hint, hint]))
-        raise Unreachable(error.message, where=error.where, hint=hint, exit_code=error.exit_code) from None
 
 
 def _compiled(
