@@ -1,1 +1,1 @@
-"""Raw sources to shards of training rows with a manifest; runs inside the job of data_prep/rl_prep, imports no torch."""
+"""Raw sources to shards of training rows with a manifest; runs in the job of data_prep/rl_prep, imports no torch."""

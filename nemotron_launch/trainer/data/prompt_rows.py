@@ -49,7 +49,7 @@ def asked(data: Mapping[str, Any], section: Mapping[str, Any]) -> tuple[list[Mes
     if isinstance(value, str):
         messages: list[Message] = [{"role": "user", "content": value}]
     else:
-        messages = as_messages([_of_sharegpt(item) for item in value] if isinstance(value, list) else value, key)
+        messages = as_messages([of_sharegpt(item) for item in value] if isinstance(value, list) else value, key)
     if params is not None and isinstance(params.get("instructions"), str):
         messages = [{"role": "system", "content": params["instructions"]}, *messages]
     answer = None
@@ -60,7 +60,7 @@ def asked(data: Mapping[str, Any], section: Mapping[str, Any]) -> tuple[list[Mes
     return messages, answer
 
 
-def _of_sharegpt(message: Any) -> Any:
+def of_sharegpt(message: Any) -> Any:
     """A message of the form {from, value} as {role, content}; others as they are."""
     if not isinstance(message, Mapping) or "from" not in message or message.get("role"):
         return message
