@@ -71,7 +71,9 @@ nemotron = LazyGroup(
     lazy={
         "steps": ("nemotron_launch.cli.steps:steps", "List, show and run steps."),
         "jobs": ("nemotron_launch.cli.jobs:jobs", "List, follow, cancel and resubmit runs."),
+        "pipeline": ("nemotron_launch.cli.pipeline:pipeline", "Run several steps as one, each on what others made."),
         "profiles": ("nemotron_launch.cli.profiles:profiles", "List, show, check and write profiles."),
+        "ui": ("nemotron_launch.cli.ui:ui", "Show the runs in a browser: their list, plots, logs and reports."),
         "images": ("nemotron_launch.cli.images:images", "List, import and remove container images of a Slurm profile."),
         "doctor": ("nemotron_launch.cli.doctor:doctor", "Show what this machine's trainer can do, and what it lacks."),
         "completion": ("nemotron_launch.cli.completion:completion", "Print the shell's completion script."),

@@ -171,7 +171,7 @@ class _Running:
         text = f"stage {self.number} of {self.count}, {one.name}: {one.planned.label}"
         if one.stale and (aside := set_aside(one, self.backends)):
             text += f", again: {one.why}; what it left is in {aside}"
-        elif one.why and not one.stale:
+        elif one.run is not None and not one.stale:
             text += f", goes on: it {one.why}"
         self.watcher.say(text)
         for warning in one.planned.compiled.warnings:

@@ -60,8 +60,12 @@ def standings(
     warn: Warn,
     *,
     again: Collection[str] = (),
+    asked: bool = False,
 ) -> dict[str, Standing]:
-    """How every stage stands, in their order. again: stages that are to run although they are done."""
+    """How every stage stands, in their order. again: stages that are to run although they are done. asked: only that.
+
+    UserError, unless it is only asked: a stage is at work and should not be.
+    """
     rows = {one.name: row_of(pipeline, one) for one in planned}
     newest = _newest(ledger, list(rows.values()))
     known = refresh(ledger, backends, list(newest.values()), warn)
@@ -69,7 +73,7 @@ def standings(
     found: dict[str, Standing] = {}
     for one in planned:
         row = rows[one.name]
-        found[one.name] = _stands(one, row, now.get(_place(row)), backends, found, one.name in again)
+        found[one.name] = _stands(one, row, now.get(_place(row)), backends, found, one.name in again, asked)
     return found
 
 
@@ -108,17 +112,24 @@ def _place(run: Run) -> tuple[str, str]:
 
 
 def _stands(
-    one: Planned, row: Run, run: Run | None, backends: Backends, others: Mapping[str, Standing], again: bool
+    one: Planned,
+    row: Run,
+    run: Run | None,
+    backends: Backends,
+    others: Mapping[str, Standing],
+    again: bool,
+    asked: bool,
 ) -> Standing:
     needs = [others[name] for name in one.stage.needs]
     to_run = [need.name for need in needs if need.state == "to do"]
     same = run is not None and run.config_sha256 == row.config_sha256
     if run is not None and run.state in LIVE:
-        if not same or to_run or again:
-            why = f"{to_run[0]} has to run before it" if same and to_run else "it is to run anew"
-            why = why if same else "of another config"
+        why = "with another config" if not same else f"while {to_run[0]} is still to run" if to_run else ""
+        if asked:
+            return Standing(one, row, "live", run, why)
+        if why or again:
             hint = f"wait for it, or end it:  nemotron jobs cancel {run.run_id}"
-            raise UserError(f"stage {one.name} is {run.state} ({run.run_id}), {why}", hint=hint)
+            raise UserError(f"stage {one.name} is {run.state} {why}".rstrip() + f": {run.run_id}", hint=hint)
         return Standing(one, row, "live", run)
     host = backends.of(row).host
     record = _record(host, row)
