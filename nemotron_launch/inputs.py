@@ -15,6 +15,7 @@ from nemotron_launch.errors import UserError
 from nemotron_launch.frozen import frozen
 from nemotron_launch.job import Artifact, Job
 from nemotron_launch.plan import compose_for, new_run_id, plan_job
+from nemotron_launch.trainer.data.manifest import check_target, read_manifest
 from nemotron_launch.trainer.paths import is_hub_id, resolve_path
 
 if TYPE_CHECKING:
@@ -150,6 +151,8 @@ def _consumed(
         try:
             if is_a(types, port.type, "training_jsonl"):
                 _check_data(artifact, find)
+                if port.type == "prepared_jsonl" and (manifest := find(str(value), port.key)) is not None:
+                    check_target(read_manifest(manifest), step.id)
             elif not (port.type == "checkpoint_hf" and is_hub_id(str(value))):
                 path = find(str(value), port.key)
                 if path is None:
@@ -214,9 +217,10 @@ def _finished(made: Composed) -> bool:
 def _nobody_makes(step: Step, composed: Composed, artifact: Artifact, error: UserError) -> UserError:
     types = load_artifacts()
     hints = [error.hint] if error.hint else []
+    elsewhere = {port.type for port in step.consumes} - {artifact.type}
     for maker in load_steps():
         for port in maker.produces:
-            if maker.id != step.id and is_a(types, port.type, artifact.type):
+            if maker.id != step.id and port.type not in elsewhere and is_a(types, port.type, artifact.type):
                 hints.append(f"make it:  nemotron steps run {maker.id} {port.key}={artifact.value}")
     where = composed.sources.where(artifact.key)
     return UserError(f"{artifact.key}: {error.message}", where=where, hint="\n".join(hints) or None)

@@ -1,7 +1,7 @@
 """What no schema can say about a composed config: sizes that must divide each other, keys that need each other.
 
 Pure functions on plain data, for the launcher and the trainer; a config comes here after its schema has accepted it.
-What the steps share is in checks_policy.py, what makes rollouts in checks_grpo.py.
+What the steps share is in checks_policy.py, what makes rollouts in checks_grpo.py, conversion in checks_convert.py.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from nemotron_launch.config.checks_policy import (
     check_batch,
     check_checkpointing,
     check_lengths,
+    check_manifest,
     check_metric,
     check_policy,
     data_parallel_size,
@@ -43,6 +44,10 @@ def check(step_id: str, data: dict[str, Any]) -> list[Problem]:
         from nemotron_launch.config.checks_grpo import check_grpo
 
         return list(check_grpo(data))
+    if step_id.startswith("convert/"):
+        from nemotron_launch.config.checks_convert import SOURCES, check_conversion
+
+        return list(check_conversion(step_id, data)) if step_id in SOURCES else []
     if step_id not in LOOPS:
         return []
     loop, unit = LOOPS[step_id]
@@ -102,9 +107,10 @@ def _section(data: dict[str, Any], name: str) -> dict[str, Any] | None:
 
 
 def _data(data: dict[str, Any]) -> Iterator[Problem]:
+    yield from check_manifest(data)
     for name in ("train", "validation"):
         section = _section(data, name)
-        if section is None and name == "validation":
+        if data["data"].get("manifest_path") or (section is None and name == "validation"):
             continue
         section = section or {}
         if section.get("data_path") is None and section.get("dataset_name") not in NAMED_DATASETS:

@@ -338,6 +338,19 @@ def check_checkpointing(data: dict[str, Any]) -> Iterator[Problem]:
         )
 
 
+def check_manifest(data: dict[str, Any]) -> Iterator[Problem]:
+    """One source for the rows: a manifest, or data paths."""
+    if not data["data"].get("manifest_path"):
+        return
+    for name in ("train", "validation", "default"):
+        if (data["data"].get(name) or {}).get("data_path"):
+            yield Problem(
+                "data.manifest_path",
+                f"names the rows, and so does data.{name}.data_path",
+                f"give one of them; data.{name}.data_path=null takes the manifest's",
+            )
+
+
 def check_metric(
     data: dict[str, Any], loop: str, *, sets: list[str], periods: tuple[str, ...], example: str
 ) -> Iterator[Problem]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from nemotron_launch.config.checks_policy import Problem
+from nemotron_launch.config.checks_policy import Problem, check_manifest
 
 # Public datasets that are downloaded by their name alone.
 NAMED_DATASETS = ("gsm8k", "OpenMathInstruct-2", "DAPOMath17K", "DeepScaler", "AIME2024", "AIME2025", "AIME2026")
@@ -51,7 +51,8 @@ def _entries(part: dict[str, Any]) -> list[str]:
 
 
 def _data(data: dict[str, Any]) -> Iterator[Problem]:
-    for name in ("train", "validation"):
+    yield from check_manifest(data)
+    for name in ("train", "validation") if not data["data"].get("manifest_path") else ():
         part = section(data, name)
         if part is not None and not _entries(part) and part.get("dataset_name") not in NAMED_DATASETS:
             yield Problem(
@@ -74,6 +75,8 @@ def _validation(data: dict[str, Any]) -> Iterator[Problem]:
     train, held_out = section(data, "train"), section(data, "validation")
     if train is None or held_out is None or data["data"].get("allow_train_as_validation"):
         return
+    if data["data"].get("manifest_path"):
+        return  # its files are compared when it is read
     common = [name for name in _sources(train, "train") if name in _sources(held_out, "validation")]
     if common:
         yield Problem(

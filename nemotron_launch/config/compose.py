@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from nemotron_launch.config import tree
+from nemotron_launch.config.data_manifest import apply_manifest
 from nemotron_launch.config.interpolation import resolve, resolve_at
 from nemotron_launch.config.overrides import Override, parse_override
 from nemotron_launch.config.schema import Schema, aliases, fill, known_paths, knows, load_schema, suggest
@@ -114,6 +115,7 @@ def composer(
         root = _apply_overrides(base, [parse_override(text) for text in overrides], described)
         if described:
             root = _apply_aliases(fill(described, root), described, order, env)
+            root = apply_manifest(root, order, env)
         if adjust:
             root = adjust(root)
         data, problems = resolve(root, env)

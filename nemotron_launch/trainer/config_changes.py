@@ -32,6 +32,7 @@ FREE_TO_CHANGE = (
     "data.default.data_path",
     "data.validation*",
     "data.val_data_paths*",
+    "data.manifest_path",
     "data.num_workers",
     "data.cache_dir",
     "data.max_bad_rows",

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import hashlib
 import logging
 import math
 import os
-import sys
-import time
-import traceback
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,19 +15,20 @@ import numpy as np
 import torch
 import yaml
 
-from nemotron_launch.artifacts import record
+from nemotron_launch.catalog import load_step
 from nemotron_launch.config import checks
 from nemotron_launch.errors import UserError
 from nemotron_launch.trainer import doctor, exit_codes, warm_start
-from nemotron_launch.trainer.agreement import SharedError, on_rank_0, together
+from nemotron_launch.trainer.agreement import on_rank_0, together
 from nemotron_launch.trainer.architecture import Architecture, differences, read_architecture
 from nemotron_launch.trainer.checkpoints import INFO, CheckpointStore, read_info
 from nemotron_launch.trainer.config_changes import config_changes, refuse_changes
-from nemotron_launch.trainer.file_errors import file_error
+from nemotron_launch.trainer.data import manifest
 from nemotron_launch.trainer.megatron import parallel
 from nemotron_launch.trainer.megatron.model import Numerics
-from nemotron_launch.trainer.metrics import MetricsLog, train_log
+from nemotron_launch.trainer.metrics import MetricsLog
 from nemotron_launch.trainer.policy import Policy
+from nemotron_launch.trainer.process import process_start, run_process
 from nemotron_launch.trainer.signals import StopRequest
 from nemotron_launch.trainer.tokenizer import Tokenizer, load_tokenizer
 from nemotron_launch.trainer.warm_start import WarmStart
@@ -75,71 +70,9 @@ class Session:
 
 
 def run_step(step_dir: Path, train: Callable[[Session], int], argv: list[str] | None = None) -> int:
-    """The body of a step's `train.py`: reads --config, trains, and returns the attempt's exit code.
-
-    A UserError is printed, without its stack; anything else is a defect of ours and shows it. Both are in train.log.
-    """
-    started = _process_start()
-    # megatron-core warns of its own deprecations and of every optional package that is not there.
-    warnings.filterwarnings("ignore", module=r"megatron\.|torch\.distributed\.")
-    stop = StopRequest()
-    rank = int(os.environ.get("RANK", "0"))
-    try:
-        config_path = _arguments(argv).config
-        config = _read_config(config_path)
-        with train_log(Path(config["output_dir"])) if rank == 0 else contextlib.nullcontext():
-            session = _open(config, step_dir, started, stop)
-            code = train(session)
-            if code == exit_codes.FINISHED and rank == 0:
-                _register(session, config_path)
-            return code
-    except UserError as error:
-        if rank > 0 and isinstance(error, SharedError):
-            time.sleep(2)  # rank 0 says it, and spawn takes the first to end for the cause
-        else:
-            print(error, file=sys.stderr, flush=True)
-        return error.exit_code
-    except KeyboardInterrupt:
-        return 130
-    except Exception:
-        traceback.print_exc()
-        return exit_codes.FAILED
-    finally:
-        if sys.exc_info()[0] is None:
-            parallel.stop()
-
-
-def _register(session: Session, config_path: Path) -> None:
-    """Record what a finished run made. It has finished, whatever comes of this: what cannot be written is a warning."""
-    try:
-        record.register(session.step_dir, session.config, config_path=config_path)
-    except (UserError, OSError) as error:
-        log.warning("what this run made is not recorded: %s", str(error).removeprefix("error: "))
-
-
-def _process_start() -> float:
-    """When this process began, as time.monotonic() counts; importing the libraries has taken a while since."""
-    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])  # field 22, since the boot
-    age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
-    return time.monotonic() - age
-
-
-def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--config", type=Path, required=True, help="the composed config")
-    return parser.parse_args(argv)
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise file_error(error) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError("is not YAML", where=str(path), hint=str(error)) from error
-    if not isinstance(config, dict) or "output_dir" not in config:
-        raise UserError("is not a composed config", where=str(path), hint="nemotron steps run composes one")
-    return config
+    """The body of a step's `train.py`; as run_process, which opens the Session that the step trains with."""
+    started, stop = process_start(), StopRequest()
+    return run_process(step_dir, lambda config: train(_open(config, step_dir, started, stop)), argv)
 
 
 def _open(config: Mapping[str, Any], step_dir: Path, started: float, stop: StopRequest) -> Session:
@@ -168,6 +101,7 @@ def _open(config: Mapping[str, Any], step_dir: Path, started: float, stop: StopR
         return tokenizer, architecture, _store(config["checkpointing"])
 
     tokenizer, architecture, store = together(files)
+    on_rank_0(lambda: manifest.check_data(config["data"], load_step(step_dir).id, step_dir))
     on_rank_0(lambda: _tidy(store))
     return Session(config, step_dir, Path(config["output_dir"]), started, stop, layout, tokenizer, architecture, store)
 

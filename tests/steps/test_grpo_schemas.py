@@ -230,7 +230,6 @@ ON = [
     ("env.nemo_gym.is_trajectory_collection", "true", "probe"),
     ("env.reward_model.checkpoint_path", "/weights", "model_name"),
     ("data.use_multiple_dataloader", "true", "one data loader"),
-    ("data.manifest_path", "manifest.json", "data_path"),
 ]
 
 

@@ -9,12 +9,13 @@ import csv
 import glob
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nemotron_launch.errors import UserError
+from nemotron_launch.trainer.data.manifest import KEY, read_manifest, shards_of
 from nemotron_launch.trainer.paths import hub_is_offline, is_hub_id, resolve_path
 
 #: Data sets that NeMo-RL knows by name: hub id, subset, and the split of those that have one only; used where no
@@ -104,10 +105,14 @@ class BadRows:
 def data_section(data: Mapping[str, Any], own: Mapping[str, Any] | None, *, split: str) -> dict[str, Any]:
     """One of the config's data sections, complete: what it leaves out (or null) comes from data.default.
 
-    split: what a split that neither names stands for.
+    split: train or validation: what a split that neither names stands for, and which rows of `data.manifest_path` are
+    taken where no data_path is named.
     """
     named = {name: value for name, value in (own or {}).items() if value is not None}
     filled = {"cache_dir": data.get("cache_dir"), **(data.get("default") or {}), **named}
+    if data.get("manifest_path") and not filled.get("data_path"):
+        allowed = bool(data.get("allow_train_as_validation"))
+        filled["manifest"] = {"path": data["manifest_path"], "rows": split, "allow_train": allowed}
     return {**filled, "split": filled.get("split") or split}
 
 
@@ -115,13 +120,20 @@ def read_rows(section: Mapping[str, Any], *, step_dir: Path | None, key: str) ->
     """Rows of one data section, in file order.
 
     section: `data_path` (a file, glob, saved dataset's folder or hub id, or a list of these; `step://x` is inside
-    `step_dir`), or a `dataset_name` of NAMED_DATASETS; `subset` and `split` (default train) choose within the hub's
-    and saved datasets, `cache_dir` is where the hub's are kept. Blank lines are skipped; a row that cannot be read
-    comes with its problem. Raises UserError for data that is missing or of an unknown kind.
+    `step_dir`), or a `dataset_name` of NAMED_DATASETS, or `manifest` (see `data_section`); `subset` and `split`
+    (default train) choose within the hub's and saved datasets, `cache_dir` is where the hub's are kept. Blank lines are
+    skipped; a row that cannot be read comes with its problem. Raises UserError for data that is missing or of an
+    unknown kind.
     """
     where = f"{key}.data_path"
     split, subset, cache = section.get("split") or "train", section.get("subset"), section.get("cache_dir")
     given = section.get("data_path")
+    if chosen := section.get("manifest"):
+        manifest = read_manifest(resolve_path(chosen["path"], step_dir, KEY))
+        for shard in shards_of(manifest, chosen["rows"], allow_train=chosen["allow_train"]):
+            for file in _files(shard.path, KEY):
+                yield from _READERS[file.suffix](file, KEY)
+        return
     if not given:
         name = section.get("dataset_name") or ""
         if name not in NAMED_DATASETS:
@@ -158,10 +170,44 @@ def _files(path: Path, where: str) -> list[Path]:
 
 def _jsonl_rows(path: Path, where: str) -> Iterator[Row]:
     with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            line = line.removeprefix(b"\xef\xbb\xbf").strip()
-            if line:
-                yield _json_row(f"{path}:{number}", line)
+        yield from _json_lines(path, lines)
+
+
+def _json_lines(path: Path, lines: Iterable[bytes]) -> Iterator[Row]:
+    for number, line in enumerate(lines, 1):
+        line = line.removeprefix(b"\xef\xbb\xbf").strip()
+        if line:
+            yield _json_row(f"{path}:{number}", line)
+
+
+def _zstd_rows(path: Path, where: str) -> Iterator[Row]:
+    """JSON lines in a Zstandard file of one or more frames."""
+    if path.suffixes[-2:] != [".jsonl", ".zst"]:
+        raise UserError(f"{path}: of .zst files, only .jsonl.zst can be read", where=where)
+    import zstandard
+
+    try:
+        yield from _json_lines(path, _zstd_lines(path))
+    except (zstandard.ZstdError, EOFError) as error:
+        raise UserError(f"{path} is no whole Zstandard file ({error})", where=where) from error
+
+
+def _zstd_lines(path: Path) -> Iterator[bytes]:
+    import zstandard
+
+    frame, rest = zstandard.ZstdDecompressor().decompressobj(), b""
+    with path.open("rb") as file:
+        while data := file.read(1 << 18):
+            while data:
+                if frame.eof:
+                    frame = zstandard.ZstdDecompressor().decompressobj()
+                *lines, rest = (rest + frame.decompress(data)).split(b"\n")
+                yield from lines
+                data = frame.unused_data
+    if not frame.eof:
+        raise EOFError("it ends within a frame")
+    if rest:
+        yield rest
 
 
 def _json_row(place: str, line: bytes) -> Row:
@@ -282,6 +328,7 @@ def _first_line(error: Exception) -> str:
 
 _READERS: Mapping[str, Callable[[Path, str], Iterator[Row]]] = {
     ".jsonl": _jsonl_rows,
+    ".zst": _zstd_rows,
     ".json": _json_rows,
     ".csv": _csv_rows,
     ".parquet": _parquet_rows,
