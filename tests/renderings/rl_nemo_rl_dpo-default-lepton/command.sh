@@ -38,7 +38,7 @@ finish() {
     mv "$NEMOTRON_LOG_DIR/node-$node.exit_code.tmp" "$NEMOTRON_LOG_DIR/node-$node.exit_code"
     exec >&3
     for _ in {1..50}; do kill -0 "$copy" || break; sleep 0.1; done
-    echo "nemotron-exit 601772ed9816334c attempt=$attempt node=$node code=$code"
+    echo "nemotron-exit 6b5908820439f72b attempt=$attempt node=$node code=$code"
     exit "$code"
 }
 trap finish EXIT
@@ -67,7 +67,7 @@ place() { # file mode sha256 variable parts
     chmod "$2" "$part"
     mv "$part" "$run_dir/$1"
 }
-place config.yaml 600 efc909cfbe37f0dce39d7c2e743baf2c1d0c88d5cbc465f728b55baa53c305f3 NEMOTRON_FILE_0 1
+place config.yaml 600 60ee7aa387b7ef90955c3890d84f3ab2359235b6ccad302d24f98df1eddd8c08 NEMOTRON_FILE_0 1
 if [[ ! -e $run_dir/code ]]; then
     place code.tar.gz 600 0000000000000000000000000000000000000000000000000000000000000000 NEMOTRON_BUNDLE 1
     fresh=$run_dir/.code.node-$node

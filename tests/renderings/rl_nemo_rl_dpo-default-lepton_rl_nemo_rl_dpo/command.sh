@@ -38,7 +38,7 @@ finish() {
     mv "$NEMOTRON_LOG_DIR/node-$node.exit_code.tmp" "$NEMOTRON_LOG_DIR/node-$node.exit_code"
     exec >&3
     for _ in {1..50}; do kill -0 "$copy" || break; sleep 0.1; done
-    echo "nemotron-exit cf4aae8061b922ec attempt=$attempt node=$node code=$code"
+    echo "nemotron-exit e7b025de3e962e19 attempt=$attempt node=$node code=$code"
     exit "$code"
 }
 trap finish EXIT
@@ -67,7 +67,7 @@ place() { # file mode sha256 variable parts
     chmod "$2" "$part"
     mv "$part" "$run_dir/$1"
 }
-place config.yaml 600 33c419837abe33481641a2c950eb6efb967e6c75f367797cdb841e5fa759c4fb NEMOTRON_FILE_0 1
+place config.yaml 600 85289e9a3d09a1a8d80b1110a32b9e6ec4d929b4e59a711bbc697be40b9cdfd2 NEMOTRON_FILE_0 1
 if [[ ! -e $run_dir/code ]]; then
     place code.tar.gz 600 0000000000000000000000000000000000000000000000000000000000000000 NEMOTRON_BUNDLE 1
     fresh=$run_dir/.code.node-$node

@@ -108,6 +108,7 @@ data:
   max_input_seq_length: 4096
   max_bad_rows: 0.2
   shuffle: true
+  manifest_path: null
 checkpointing:
   enabled: true
   checkpoint_dir: ./output/rl/dpo-default/checkpoints

@@ -38,7 +38,7 @@ finish() {
     mv "$NEMOTRON_LOG_DIR/node-$node.exit_code.tmp" "$NEMOTRON_LOG_DIR/node-$node.exit_code"
     exec >&3
     for _ in {1..50}; do kill -0 "$copy" || break; sleep 0.1; done
-    echo "nemotron-exit 7b9d7fdacb4f701c attempt=$attempt node=$node code=$code"
+    echo "nemotron-exit 5a3402ea88fa9513 attempt=$attempt node=$node code=$code"
     exit "$code"
 }
 trap finish EXIT
@@ -67,7 +67,7 @@ place() { # file mode sha256 variable parts
     chmod "$2" "$part"
     mv "$part" "$run_dir/$1"
 }
-place config.yaml 600 4ed55a096832f5ac648d81f97928bc3cbb188a736788ec4a161a13fb6b1af32b NEMOTRON_FILE_0 1
+place config.yaml 600 dc89770ab093e8147fffa007402d04d4afdeb6fa8fe7fa1300d2a0d1ebf83f86 NEMOTRON_FILE_0 1
 if [[ ! -e $run_dir/code ]]; then
     place code.tar.gz 600 0000000000000000000000000000000000000000000000000000000000000000 NEMOTRON_BUNDLE 1
     fresh=$run_dir/.code.node-$node

@@ -38,7 +38,7 @@ finish() {
     mv "$NEMOTRON_LOG_DIR/node-$node.exit_code.tmp" "$NEMOTRON_LOG_DIR/node-$node.exit_code"
     exec >&3
     for _ in {1..50}; do kill -0 "$copy" || break; sleep 0.1; done
-    echo "nemotron-exit 61c4e6d07f6d533d attempt=$attempt node=$node code=$code"
+    echo "nemotron-exit e11bb22a9e1d818b attempt=$attempt node=$node code=$code"
     exit "$code"
 }
 trap finish EXIT
@@ -67,7 +67,7 @@ place() { # file mode sha256 variable parts
     chmod "$2" "$part"
     mv "$part" "$run_dir/$1"
 }
-place config.yaml 600 d36f5ec6b03a58783e018cb07ef18c45727d462500f25cebf014f6447f8ea156 NEMOTRON_FILE_0 1
+place config.yaml 600 f97f03666c6eca046abeda54dc8e3053885758468b45c658cc9654893ccb997b NEMOTRON_FILE_0 1
 if [[ ! -e $run_dir/code ]]; then
     place code.tar.gz 600 0000000000000000000000000000000000000000000000000000000000000000 NEMOTRON_BUNDLE 1
     fresh=$run_dir/.code.node-$node

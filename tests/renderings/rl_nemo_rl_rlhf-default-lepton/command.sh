@@ -38,7 +38,7 @@ finish() {
     mv "$NEMOTRON_LOG_DIR/node-$node.exit_code.tmp" "$NEMOTRON_LOG_DIR/node-$node.exit_code"
     exec >&3
     for _ in {1..50}; do kill -0 "$copy" || break; sleep 0.1; done
-    echo "nemotron-exit 5f7ca4d6f1bd9eeb attempt=$attempt node=$node code=$code"
+    echo "nemotron-exit c1e537305d67c4dd attempt=$attempt node=$node code=$code"
     exit "$code"
 }
 trap finish EXIT
@@ -72,7 +72,7 @@ place() { # file mode sha256 variable parts
     chmod "$2" "$part"
     mv "$part" "$run_dir/$1"
 }
-place config.yaml 600 fd904a4d6e3f68654bf1fdf03580280dc3ec314cb4ae6e1c848346bfe6878dc3 NEMOTRON_FILE_0 1
+place config.yaml 600 f7796e0d607b5ba8281247fcefb3de28ba8809b667085edf283adb870c070861 NEMOTRON_FILE_0 1
 if [[ ! -e $run_dir/code ]]; then
     place code.tar.gz 600 0000000000000000000000000000000000000000000000000000000000000000 NEMOTRON_BUNDLE 1
     fresh=$run_dir/.code.node-$node

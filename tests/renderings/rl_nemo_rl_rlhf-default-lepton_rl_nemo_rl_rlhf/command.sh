@@ -38,7 +38,7 @@ finish() {
     mv "$NEMOTRON_LOG_DIR/node-$node.exit_code.tmp" "$NEMOTRON_LOG_DIR/node-$node.exit_code"
     exec >&3
     for _ in {1..50}; do kill -0 "$copy" || break; sleep 0.1; done
-    echo "nemotron-exit f1a573cad688a88b attempt=$attempt node=$node code=$code"
+    echo "nemotron-exit a87fa476a17b3e42 attempt=$attempt node=$node code=$code"
     exit "$code"
 }
 trap finish EXIT
@@ -72,7 +72,7 @@ place() { # file mode sha256 variable parts
     chmod "$2" "$part"
     mv "$part" "$run_dir/$1"
 }
-place config.yaml 600 80ab3082b23225d4cdaaff5c8db34fce95d1b5accd41f4279a2828036956bf42 NEMOTRON_FILE_0 1
+place config.yaml 600 39f7e22306335231206e034f05f1512ecd6ecc57b0b48ab2588f3e0a666eabd3 NEMOTRON_FILE_0 1
 if [[ ! -e $run_dir/code ]]; then
     place code.tar.gz 600 0000000000000000000000000000000000000000000000000000000000000000 NEMOTRON_BUNDLE 1
     fresh=$run_dir/.code.node-$node

@@ -38,7 +38,7 @@ finish() {
     mv "$NEMOTRON_LOG_DIR/node-$node.exit_code.tmp" "$NEMOTRON_LOG_DIR/node-$node.exit_code"
     exec >&3
     for _ in {1..50}; do kill -0 "$copy" || break; sleep 0.1; done
-    echo "nemotron-exit ad804ad4b8ee72cf attempt=$attempt node=$node code=$code"
+    echo "nemotron-exit 683cedf190f72178 attempt=$attempt node=$node code=$code"
     exit "$code"
 }
 trap finish EXIT
@@ -67,7 +67,7 @@ place() { # file mode sha256 variable parts
     chmod "$2" "$part"
     mv "$part" "$run_dir/$1"
 }
-place config.yaml 600 05eccbcee516358feb830b15bc68344b98258b5696c98e0a7e6703d2715d2838 NEMOTRON_FILE_0 1
+place config.yaml 600 ad46563ae56c5f732d9050f53a8bc5e13efe615e61672738e9898f5e1e501071 NEMOTRON_FILE_0 1
 if [[ ! -e $run_dir/code ]]; then
     place code.tar.gz 600 0000000000000000000000000000000000000000000000000000000000000000 NEMOTRON_BUNDLE 1
     fresh=$run_dir/.code.node-$node

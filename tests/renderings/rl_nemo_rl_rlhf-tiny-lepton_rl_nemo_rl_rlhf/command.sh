@@ -38,7 +38,7 @@ finish() {
     mv "$NEMOTRON_LOG_DIR/node-$node.exit_code.tmp" "$NEMOTRON_LOG_DIR/node-$node.exit_code"
     exec >&3
     for _ in {1..50}; do kill -0 "$copy" || break; sleep 0.1; done
-    echo "nemotron-exit 0965d4f0d8322884 attempt=$attempt node=$node code=$code"
+    echo "nemotron-exit 7bb8678f0d0520fa attempt=$attempt node=$node code=$code"
     exit "$code"
 }
 trap finish EXIT
@@ -67,7 +67,7 @@ place() { # file mode sha256 variable parts
     chmod "$2" "$part"
     mv "$part" "$run_dir/$1"
 }
-place config.yaml 600 3a9b24fda9f437eb26360e7e7fce7929c9128a6b72beee228e8c19db5cbfa8e1 NEMOTRON_FILE_0 1
+place config.yaml 600 c796435ab9a5fe09f6617ec4b888b63d34c61172044434df507a3b0b8295c40c NEMOTRON_FILE_0 1
 if [[ ! -e $run_dir/code ]]; then
     place code.tar.gz 600 0000000000000000000000000000000000000000000000000000000000000000 NEMOTRON_BUNDLE 1
     fresh=$run_dir/.code.node-$node

@@ -38,7 +38,7 @@ finish() {
     mv "$NEMOTRON_LOG_DIR/node-$node.exit_code.tmp" "$NEMOTRON_LOG_DIR/node-$node.exit_code"
     exec >&3
     for _ in {1..50}; do kill -0 "$copy" || break; sleep 0.1; done
-    echo "nemotron-exit e8dbf57f5ee6784a attempt=$attempt node=$node code=$code"
+    echo "nemotron-exit cc0b4b821a2bef99 attempt=$attempt node=$node code=$code"
     exit "$code"
 }
 trap finish EXIT
@@ -67,7 +67,7 @@ place() { # file mode sha256 variable parts
     chmod "$2" "$part"
     mv "$part" "$run_dir/$1"
 }
-place config.yaml 600 d436cbee200e9cb818144583ac4c7ba867bbc525e12d1a96d4731a4962f893bc NEMOTRON_FILE_0 1
+place config.yaml 600 1390a5fd66dcbd9f3f6c7855611ed9a5bec0410c5c8d2ff98f74d60199225277 NEMOTRON_FILE_0 1
 if [[ ! -e $run_dir/code ]]; then
     place code.tar.gz 600 0000000000000000000000000000000000000000000000000000000000000000 NEMOTRON_BUNDLE 1
     fresh=$run_dir/.code.node-$node

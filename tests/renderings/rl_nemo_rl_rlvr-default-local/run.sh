@@ -164,6 +164,7 @@ data:
   allow_train_as_validation: false
   default_agent_ref: null
   shuffle: true
+  manifest_path: null
 env:
   should_use_nemo_gym: false
   max_failed_rollouts: 0.05

@@ -38,7 +38,7 @@ finish() {
     mv "$NEMOTRON_LOG_DIR/node-$node.exit_code.tmp" "$NEMOTRON_LOG_DIR/node-$node.exit_code"
     exec >&3
     for _ in {1..50}; do kill -0 "$copy" || break; sleep 0.1; done
-    echo "nemotron-exit c9ede239b5fcad09 attempt=$attempt node=$node code=$code"
+    echo "nemotron-exit 9c6923b50a8eca62 attempt=$attempt node=$node code=$code"
     exit "$code"
 }
 trap finish EXIT
@@ -69,7 +69,7 @@ place() { # file mode sha256 variable parts
     chmod "$2" "$part"
     mv "$part" "$run_dir/$1"
 }
-place config.yaml 600 d0c552d51f4a41264011ff3ece5a0c3da4e88381520c73672df94ebdee48fd65 NEMOTRON_FILE_0 1
+place config.yaml 600 b267a12e1576a7e2aa85d5d8ecce6e992d21ad0c62edd42a8bb18d358fc8f85d NEMOTRON_FILE_0 1
 if [[ ! -e $run_dir/code ]]; then
     place code.tar.gz 600 0000000000000000000000000000000000000000000000000000000000000000 NEMOTRON_BUNDLE 1
     fresh=$run_dir/.code.node-$node

@@ -38,7 +38,7 @@ finish() {
     mv "$NEMOTRON_LOG_DIR/node-$node.exit_code.tmp" "$NEMOTRON_LOG_DIR/node-$node.exit_code"
     exec >&3
     for _ in {1..50}; do kill -0 "$copy" || break; sleep 0.1; done
-    echo "nemotron-exit 5c627be351d4e844 attempt=$attempt node=$node code=$code"
+    echo "nemotron-exit 99d7413a6368445e attempt=$attempt node=$node code=$code"
     exit "$code"
 }
 trap finish EXIT
@@ -69,7 +69,7 @@ place() { # file mode sha256 variable parts
     chmod "$2" "$part"
     mv "$part" "$run_dir/$1"
 }
-place config.yaml 600 df95d28c4f65fe05ef8eb923ad813e061363317dfc3df11fa6ebd26f596916ee NEMOTRON_FILE_0 1
+place config.yaml 600 f2081f7cd7763cf51b812bf4b2d411b1869022a7a80e14cbb2adfde76cf6f1f9 NEMOTRON_FILE_0 1
 if [[ ! -e $run_dir/code ]]; then
     place code.tar.gz 600 0000000000000000000000000000000000000000000000000000000000000000 NEMOTRON_BUNDLE 1
     fresh=$run_dir/.code.node-$node

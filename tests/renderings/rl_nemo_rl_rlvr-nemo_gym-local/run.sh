@@ -168,6 +168,7 @@ data:
   allow_train_as_validation: false
   default_agent_ref: math_with_judge_simple_agent
   shuffle: true
+  manifest_path: null
 env:
   should_use_nemo_gym: true
   max_failed_rollouts: 0.05

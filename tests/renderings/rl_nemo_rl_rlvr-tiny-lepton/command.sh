@@ -38,7 +38,7 @@ finish() {
     mv "$NEMOTRON_LOG_DIR/node-$node.exit_code.tmp" "$NEMOTRON_LOG_DIR/node-$node.exit_code"
     exec >&3
     for _ in {1..50}; do kill -0 "$copy" || break; sleep 0.1; done
-    echo "nemotron-exit a9579982b79750f3 attempt=$attempt node=$node code=$code"
+    echo "nemotron-exit 6c44c101faf8ff08 attempt=$attempt node=$node code=$code"
     exit "$code"
 }
 trap finish EXIT
@@ -67,7 +67,7 @@ place() { # file mode sha256 variable parts
     chmod "$2" "$part"
     mv "$part" "$run_dir/$1"
 }
-place config.yaml 600 69ffdabefd43eb55b50c85e2b3d9f5ac9c6aecc6c2bb553f2f245c47369801fa NEMOTRON_FILE_0 1
+place config.yaml 600 ca3407248414fa5dfb1a84dd993592899515a34ec122f617f2e95ab4012de75c NEMOTRON_FILE_0 1
 if [[ ! -e $run_dir/code ]]; then
     place code.tar.gz 600 0000000000000000000000000000000000000000000000000000000000000000 NEMOTRON_BUNDLE 1
     fresh=$run_dir/.code.node-$node

@@ -38,7 +38,7 @@ finish() {
     mv "$NEMOTRON_LOG_DIR/node-$node.exit_code.tmp" "$NEMOTRON_LOG_DIR/node-$node.exit_code"
     exec >&3
     for _ in {1..50}; do kill -0 "$copy" || break; sleep 0.1; done
-    echo "nemotron-exit bfa7aade99b404fa attempt=$attempt node=$node code=$code"
+    echo "nemotron-exit e7913bcddae18c94 attempt=$attempt node=$node code=$code"
     exit "$code"
 }
 trap finish EXIT
@@ -67,7 +67,7 @@ place() { # file mode sha256 variable parts
     chmod "$2" "$part"
     mv "$part" "$run_dir/$1"
 }
-place config.yaml 600 2cd567414766af73b701cac522a8dd2fdb7aa86606b2d7e5f4e934040bb54e9d NEMOTRON_FILE_0 1
+place config.yaml 600 2b2933c7e1dd8deefa1698b62fde6a6aed838e219aea26202d9c71f6d49b5193 NEMOTRON_FILE_0 1
 if [[ ! -e $run_dir/code ]]; then
     place code.tar.gz 600 0000000000000000000000000000000000000000000000000000000000000000 NEMOTRON_BUNDLE 1
     fresh=$run_dir/.code.node-$node

@@ -38,7 +38,7 @@ finish() {
     mv "$NEMOTRON_LOG_DIR/node-$node.exit_code.tmp" "$NEMOTRON_LOG_DIR/node-$node.exit_code"
     exec >&3
     for _ in {1..50}; do kill -0 "$copy" || break; sleep 0.1; done
-    echo "nemotron-exit 2743966acd9d0cc3 attempt=$attempt node=$node code=$code"
+    echo "nemotron-exit fbbfabc049ba40bf attempt=$attempt node=$node code=$code"
     exit "$code"
 }
 trap finish EXIT
@@ -67,7 +67,7 @@ place() { # file mode sha256 variable parts
     chmod "$2" "$part"
     mv "$part" "$run_dir/$1"
 }
-place config.yaml 600 2402cfe001d2959bf3f4277b86cfdb1754cc1cb6867f759978943b20f8641f66 NEMOTRON_FILE_0 1
+place config.yaml 600 63a28a3816283a63219386bf1a056c128ab0cf20a8ca8aa16119359d54efa7de NEMOTRON_FILE_0 1
 if [[ ! -e $run_dir/code ]]; then
     place code.tar.gz 600 0000000000000000000000000000000000000000000000000000000000000000 NEMOTRON_BUNDLE 1
     fresh=$run_dir/.code.node-$node

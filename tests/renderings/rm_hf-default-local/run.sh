@@ -98,6 +98,7 @@ data:
   max_input_seq_length: 8192
   max_bad_rows: 0.2
   shuffle: true
+  manifest_path: null
 checkpointing:
   enabled: true
   checkpoint_dir: ./output/rl/rm-default/checkpoints

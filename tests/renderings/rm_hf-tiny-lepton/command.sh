@@ -38,7 +38,7 @@ finish() {
     mv "$NEMOTRON_LOG_DIR/node-$node.exit_code.tmp" "$NEMOTRON_LOG_DIR/node-$node.exit_code"
     exec >&3
     for _ in {1..50}; do kill -0 "$copy" || break; sleep 0.1; done
-    echo "nemotron-exit a1301f8eec23cc4d attempt=$attempt node=$node code=$code"
+    echo "nemotron-exit e30fb54c2cc3d07d attempt=$attempt node=$node code=$code"
     exit "$code"
 }
 trap finish EXIT
@@ -67,7 +67,7 @@ place() { # file mode sha256 variable parts
     chmod "$2" "$part"
     mv "$part" "$run_dir/$1"
 }
-place config.yaml 600 51b6828283fae600387963c5f830f277343bc6f74bd2c798aa562eb753c0b62b NEMOTRON_FILE_0 1
+place config.yaml 600 aaca22eb2db161ef7a65cf5f96052120872de6c93f2742818eb7667b331f70a5 NEMOTRON_FILE_0 1
 if [[ ! -e $run_dir/code ]]; then
     place code.tar.gz 600 0000000000000000000000000000000000000000000000000000000000000000 NEMOTRON_BUNDLE 1
     fresh=$run_dir/.code.node-$node

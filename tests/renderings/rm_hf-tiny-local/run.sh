@@ -111,6 +111,7 @@ data:
   max_input_seq_length: 64
   max_bad_rows: 0.01
   shuffle: true
+  manifest_path: null
 checkpointing:
   enabled: true
   checkpoint_dir: ./output/rl/rm-tiny/checkpoints

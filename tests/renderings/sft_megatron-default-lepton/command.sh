@@ -38,7 +38,7 @@ finish() {
     mv "$NEMOTRON_LOG_DIR/node-$node.exit_code.tmp" "$NEMOTRON_LOG_DIR/node-$node.exit_code"
     exec >&3
     for _ in {1..50}; do kill -0 "$copy" || break; sleep 0.1; done
-    echo "nemotron-exit 61cd3eeb5d45b02b attempt=$attempt node=$node code=$code"
+    echo "nemotron-exit c5abef672c459598 attempt=$attempt node=$node code=$code"
     exit "$code"
 }
 trap finish EXIT
@@ -67,7 +67,7 @@ place() { # file mode sha256 variable parts
     chmod "$2" "$part"
     mv "$part" "$run_dir/$1"
 }
-place config.yaml 600 83d62e280b205e9b916c9557fa3e317e0b7e7824c09a91ade58569c95797bdd7 NEMOTRON_FILE_0 1
+place config.yaml 600 3e59b30941dd6c51ae49c17cf5a1ed156aa09e78b592b80f1fbf4ccd4f96378e NEMOTRON_FILE_0 1
 if [[ ! -e $run_dir/code ]]; then
     place code.tar.gz 600 0000000000000000000000000000000000000000000000000000000000000000 NEMOTRON_BUNDLE 1
     fresh=$run_dir/.code.node-$node

@@ -101,6 +101,7 @@ data:
   add_eos: true
   add_generation_prompt: false
   shuffle: true
+  manifest_path: null
 checkpointing:
   enabled: true
   checkpoint_dir: ./output/rl/sft-default/checkpoints

@@ -38,7 +38,7 @@ finish() {
     mv "$NEMOTRON_LOG_DIR/node-$node.exit_code.tmp" "$NEMOTRON_LOG_DIR/node-$node.exit_code"
     exec >&3
     for _ in {1..50}; do kill -0 "$copy" || break; sleep 0.1; done
-    echo "nemotron-exit 67bd5ae843fbc776 attempt=$attempt node=$node code=$code"
+    echo "nemotron-exit 9c796d7a756c0f8e attempt=$attempt node=$node code=$code"
     exit "$code"
 }
 trap finish EXIT
@@ -67,7 +67,7 @@ place() { # file mode sha256 variable parts
     chmod "$2" "$part"
     mv "$part" "$run_dir/$1"
 }
-place config.yaml 600 86b99b18b109e0f6b92f54eff1d71131d0641787cd1437af67d1a39af35db53a NEMOTRON_FILE_0 1
+place config.yaml 600 9f909e71ab775c0d1e3ec98b1989b5819e2be5d56473e089f850ddbda0b25d7a NEMOTRON_FILE_0 1
 if [[ ! -e $run_dir/code ]]; then
     place code.tar.gz 600 0000000000000000000000000000000000000000000000000000000000000000 NEMOTRON_BUNDLE 1
     fresh=$run_dir/.code.node-$node

@@ -114,6 +114,7 @@ data:
   add_eos: true
   add_generation_prompt: false
   shuffle: true
+  manifest_path: null
 checkpointing:
   enabled: true
   checkpoint_dir: ./output/rl/sft-tiny/checkpoints
