@@ -8,6 +8,7 @@ from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from nemotron_launch import __version__
 from nemotron_launch.jobs.run_folder import Progress
 from nemotron_launch.reports.figures import figures_of, time_parts
 from nemotron_launch.reports.metrics_file import MetricsFile
@@ -20,6 +21,24 @@ _POINTS_OF_ALL = 6000  # shared by the runs of one page
 _FEWEST = 120
 _SAMPLES = 60  # answers that a page shows of a run
 _LONGEST_TEXT = 4000  # characters of an answer
+_TILES = 8
+# What a run is known by, the first ones first; better: whether a high or a low value is wanted.
+_RESULTS = (
+    ("validation/accuracy", "held-out reward", "high"),
+    ("validation/greedy_accuracy", "greedy reward", "high"),
+    ("validation-default/exact_match", "exact match", "high"),
+    ("validation-default/accuracy", "validation accuracy", "high"),
+    ("validation-default/loss", "validation loss", "low"),
+    ("train/reward", "reward", "high"),
+    ("train/accuracy", "accuracy", "high"),
+    ("train/loss", "loss", ""),
+    ("train/reference_kl", "KL to reference", ""),
+    ("validation-default/kl_to_reference", "KL to reference", ""),
+    ("train/approx_entropy", "entropy", ""),
+    ("train/truncation_rate", "truncated", ""),
+    ("train/mean_gen_tokens_per_sample", "answer length", ""),
+    ("timing/train/tokens_per_sec", "tokens/s", "high"),
+)
 _MASK = "•••"
 # Tokens of well-known services, and passwords in addresses, wherever they were written.
 _TOKENS = re.compile(
@@ -49,9 +68,13 @@ def report_data(
         )
         for one in runs
     ]
-    names = [name for one in runs for name in one.metrics().names]
+    names = list(dict.fromkeys(name for one in runs for name in one.metrics().names))
     return {
         "format": FORMAT,
+        "version": __version__,
+        "results": [
+            {"metric": name, "label": label, "better": better} for name, label, better in _RESULTS if name in names
+        ][:_TILES],
         "runs": found,
         "figures": [figure.as_data() for figure in figures_of(names)],
         "differences": differences([one["config"] for one in found]),
@@ -147,11 +170,21 @@ def curves(metrics: MetricsFile, points: int) -> dict[str, Any]:
         assert isinstance(steps, array)
         bytes_ = steps.tobytes()
         x, curve = thinned(steps, values, points)
+        if name == "time":  # to the millisecond, not to six digits
+            curve = {"y": [None if value is None else round(value, 3) for value in _times(values, points)]}
         axis = known.setdefault(bytes_, len(axes))
         if axis == len(axes):
             axes.append(x)
         found[name] = {"axis": axis, **curve}
     return {"axes": axes, "of": found}
+
+
+def _times(values: Sequence[float], points: int) -> list[float | None]:
+    """The times of the steps that `thinned` keeps."""
+    count = len(values)
+    if count > points:
+        values = [values[(i * count // points + (i + 1) * count // points - 1) // 2] for i in range(points)]
+    return [value if math.isfinite(value) else None for value in values]
 
 
 def thinned(
