@@ -45,10 +45,11 @@ class Parameter:
 
 @frozen
 class Strategy:
-    """What to do in which situation."""
+    """What to do in which situation. sign: by which metrics a run shows that it is in it (reports/signs.py)."""
 
     when: str
     then: str
+    sign: dict[str, Any] | None = None
 
 
 @frozen

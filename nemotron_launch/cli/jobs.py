@@ -31,6 +31,7 @@ jobs = LazyGroup(
         "attach": ("nemotron_launch.cli.jobs:attach", "Follow a run to its end, with its exit code."),
         "wait": ("nemotron_launch.cli.jobs:wait", "Wait until runs are over."),
         "cancel": ("nemotron_launch.cli.jobs:cancel", "End runs."),
+        "report": ("nemotron_launch.cli.report:report", "Write a page about runs: plots, warnings, config, samples."),
         "resubmit": ("nemotron_launch.cli.jobs:resubmit", "Submit a run again; it goes on from its last checkpoint."),
         "fetch": ("nemotron_launch.cli.jobs:fetch", "Copy what a run made to this machine."),
         "shell": ("nemotron_launch.cli.jobs:shell", "Open a terminal where a run is at work."),

@@ -1,0 +1,54 @@
+"""Everything that a report about some runs says: their files read, their warnings found; what `jobs report` calls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from nemotron_launch.catalog import Step, find_step
+from nemotron_launch.errors import UserError
+from nemotron_launch.jobs.ledger import Ledger
+from nemotron_launch.jobs.settle import Backends, Warn
+from nemotron_launch.jobs.status import progress_of
+from nemotron_launch.reports.run_data import report_data
+from nemotron_launch.reports.signs import warnings_of
+from nemotron_launch.reports.sources import RunFiles, config_of, find_files, missing, update
+
+# A folder that no ledger knows tells its step by the section that its config has.
+_SECTIONS = {"dpo": "rl/nemo_rl/dpo", "sft": "sft/megatron", "rm": "rm/hf", "grpo": "rl/nemo_rl/rlvr"}
+
+
+def collect(ledger: Ledger, backends: Backends, names: Sequence[str], warn: Warn) -> dict[str, Any]:
+    """The data of a report about the runs that these names mean (run_data.report_data).
+
+    A run without metrics is a warning beside others that have some. UserError: none has any, or a name means nothing.
+    """
+    files = find_files(backends, ledger, names, warn)
+    update(files, warn)
+    without = [(one, error) for one in files if (error := missing(one))]
+    if len(without) == len(files):
+        raise without[0][1]
+    for _, error in without:
+        warn(str(error).removeprefix("error: ").partition("\n")[0])
+    for one in files:
+        for problem in one.metrics().problems:
+            warn(f"{one.name}: {problem}")
+    progress = progress_of(backends, [one.run for one in files if one.run], warn)
+    return report_data(files, progress=progress, warnings={one.name: run_warnings(one) for one in files})
+
+
+def run_warnings(one: RunFiles) -> list[dict[str, Any]]:
+    """The warnings of a run, as the page shows them; none where its step is not known here."""
+    config = config_of(one)
+    step = step_of(one)
+    return [warning.as_data() for warning in warnings_of(step, config, one.metrics())] if step else []
+
+
+def step_of(one: RunFiles) -> Step | None:
+    """The step that a run was one of."""
+    config = config_of(one)
+    name = one.run.step if one.run else next((_SECTIONS[key] for key in config if key in _SECTIONS), None)
+    try:
+        return find_step(name) if name else None
+    except UserError:  # a step of another folder of steps
+        return None
