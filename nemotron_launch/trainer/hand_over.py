@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,38 +13,30 @@ from torch import Tensor
 
 from nemotron_launch.trainer import hf
 from nemotron_launch.trainer.agreement import on_rank_0
-from nemotron_launch.trainer.architecture import hf_config
+from nemotron_launch.trainer.hf_folders import MAX_FILE_BYTES, FolderWriter, config_of
 from nemotron_launch.trainer.policy import Policy
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from megatron.core import parallel_state
 
-MAX_FILE_BYTES = 5 << 30
-
 
 def write_weights(policy: Policy, folder: Path, *, max_file_bytes: int = MAX_FILE_BYTES) -> None:
     """Write the policy as safetensors in files of at most max_file_bytes, with config.json; all ranks call it.
 
-    Rank 0 holds one file's tensors at a time. The folder, which must not exist, appears when it is whole. Raises
-    UserError, on all ranks, where it cannot be written.
+    Rank 0 holds one tensor at a time. The folder, which must not exist, appears when it is whole. Raises UserError, on
+    all ranks, where it cannot be written.
     """
-    temporary = folder.with_name(f"tmp_{folder.name}")
-
-    def prepare() -> None:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-
-    on_rank_0(prepare)
-    writer = _Writer(temporary, max_file_bytes) if policy.layout.rank == 0 else None
+    a = policy.architecture
+    dtypes = dict.fromkeys(hf.hf_names(a), policy.numerics.dtype)
+    made: list[FolderWriter] = []  # on rank 0
+    on_rank_0(lambda: made.append(FolderWriter(folder, a, dtypes, max_file_bytes=max_file_bytes)))
     for name, value in whole_weights(policy):
-        if writer is not None:
-            writer.add(name, value)
+        made[0].add(name, value)
 
     def finish() -> None:
-        assert writer is not None
-        writer.finish(hf_config(policy.architecture) | {"torch_dtype": str(policy.numerics.dtype).split(".")[1]})
-        os.replace(temporary, folder)
+        made[0].finish(config_of(a, dtypes.values()), sync=False)
+        made[0].publish()
 
     on_rank_0(finish)
 
@@ -101,44 +90,3 @@ def _whole(parameter: torch.nn.Parameter, name: str, size: int) -> Tensor:
     parts = [torch.empty_like(value) for _ in range(size)]
     dist.all_gather(parts, value.contiguous(), group=parallel_state.get_tensor_model_parallel_group())
     return hf.unshard(parts, parameter, name)
-
-
-class _Writer:
-    """Collects tensors into files, and then says in an index which is where. What goes wrong, `finish` raises."""
-
-    def __init__(self, folder: Path, most: int) -> None:
-        self.folder, self.most = folder, most
-        self.held: dict[str, Tensor] = {}
-        self.bytes = self.total = 0
-        self.places: dict[str, str] = {}
-        self.failure: OSError | None = None
-
-    def add(self, name: str, value: Tensor) -> None:
-        if self.held and self.bytes + value.nbytes > self.most:
-            self._write()
-        self.held[name] = value.to("cpu", copy=True).contiguous()
-        self.bytes += value.nbytes
-        self.total += value.nbytes
-
-    def finish(self, config: dict[str, Any]) -> None:
-        self._write()
-        if self.failure is not None:
-            raise self.failure
-        index = {"metadata": {"total_size": self.total}, "weight_map": self.places}
-        (self.folder / hf.INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-        (self.folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-    def _write(self) -> None:
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-
-        file_name = f"model-{len(set(self.places.values())) + 1:05d}.safetensors"
-        try:
-            if self.failure is None:
-                save_file(self.held, self.folder / file_name, metadata={"format": "pt"})
-        except OSError as error:  # the other ranks are still sending: take what they send
-            self.failure = error
-        except SafetensorError as error:
-            self.failure = OSError(f"{self.folder / file_name}: {error}")
-        self.places |= dict.fromkeys(self.held, file_name)
-        self.held, self.bytes = {}, 0

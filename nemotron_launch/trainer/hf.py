@@ -1,11 +1,12 @@
 """Weights between Hugging Face folders (Llama, Qwen2, Qwen3) and a policy, one tensor at a time.
 
+Folders are read here and written by hf_folders.py.
+
 Legend: H hidden size, h query heads, g key-value heads, d head dimension.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -16,10 +17,13 @@ import torch
 from torch import Tensor
 
 from nemotron_launch.errors import UserError
-from nemotron_launch.trainer.architecture import Architecture, hf_architecture, hf_config
+from nemotron_launch.trainer.architecture import Architecture, hf_architecture
+from nemotron_launch.trainer.checkpoints import is_complete, newest_complete
 
 Read = Callable[[str], Tensor]
 INDEX = "model.safetensors.index.json"
+WHOLE = "model.safetensors"
+STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 VOCABULARIES = ("embedding.word_embeddings.weight", "output_layer.weight")
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 _SAME = {
@@ -99,6 +103,30 @@ def to_hf(name: str, value: Tensor, a: Architecture) -> Iterator[tuple[str, Tens
             yield f"{prefix}self_attn.{x}_proj.{kind}", part
 
 
+def hf_names(a: Architecture) -> list[str]:
+    """Every tensor of a Hugging Face folder, in the order of the computation."""
+    kinds = ("weight", "bias") if a.qkv_bias else ("weight",)
+    attention = [f"self_attn.{x}_proj.{kind}" for x in "qkv" for kind in kinds]
+    attention += ["self_attn.q_norm.weight", "self_attn.k_norm.weight"] if a.qk_norm else []
+    layer = ["input_layernorm.weight", *attention, "self_attn.o_proj.weight", "post_attention_layernorm.weight"]
+    layer += [f"mlp.{x}_proj.weight" for x in ("gate", "up", "down")]
+    layers = [f"model.layers.{i}.{name}" for i in range(a.num_layers) for name in layer]
+    last = [] if a.tie_word_embeddings else ["lm_head.weight"]
+    return ["model.embed_tokens.weight", *layers, "model.norm.weight", *last]
+
+
+def parameter_names(a: Architecture) -> list[list[str]]:
+    """Every parameter of a whole policy, in groups of which one at a time fits into memory: layers."""
+    kinds = ("weight", "bias") if a.qkv_bias else ("weight",)
+    attention = [f"self_attention.linear_qkv.{kind}" for kind in kinds]
+    attention += ["self_attention.q_layernorm.weight", "self_attention.k_layernorm.weight"] if a.qk_norm else []
+    layer = ["input_layernorm.weight", *attention, "self_attention.linear_proj.weight", "pre_mlp_layernorm.weight"]
+    layer += ["mlp.linear_fc1.weight", "mlp.linear_fc2.weight"]
+    layers = [[f"decoder.layers.{i}.{name}" for name in layer] for i in range(a.num_layers)]
+    last = [] if a.tie_word_embeddings else [["output_layer.weight"]]
+    return [["embedding.word_embeddings.weight"], *layers, ["decoder.final_layernorm.weight"], *last]
+
+
 def hf_shape(name: str, a: Architecture) -> tuple[int, ...]:
     """The shape that a Hugging Face tensor of this name has."""
     query, key_value = a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
@@ -171,98 +199,80 @@ def read_config(folder: Path) -> Architecture:
     """The architecture of a Hugging Face folder; UserError where it has none that we convert."""
     path = folder / "config.json"
     if not path.exists():
-        raise UserError("is not a Hugging Face model folder: it has no config.json", where=str(folder))
+        hint = None
+        if (step := newest_complete(folder)) or is_complete(folder):
+            found = step or folder
+            hint = f"it is a Megatron checkpoint:  nemotron steps run convert/megatron_to_hf megatron_path={found}"
+        raise UserError("is not a Hugging Face model folder: it has no config.json", where=str(folder), hint=hint)
     return hf_architecture(_read_json(path), where=str(path))
 
 
-def open_weights(folder: Path, a: Architecture) -> Read:
-    """A reader of the folder's safetensors, in one file or several; tensors are mapped, not loaded, until asked for.
+class StoredWeights:
+    """The tensors of a folder's safetensors, in one file or several, each read when it is asked for.
 
-    Raises UserError, here or when it reads, where a tensor is missing, unreadable or not of the architecture's shape.
+    Raises UserError, here or later, where a tensor is missing, unreadable or not of the architecture's shape.
     """
-    from safetensors import SafetensorError, safe_open
 
-    open_files: dict[str, Any] = {}
-
-    def opened(file_name: str) -> Any:
-        if file_name not in open_files:
-            try:
-                open_files[file_name] = safe_open(folder / file_name, "pt").__enter__()
-            except (OSError, SafetensorError) as error:
-                raise UserError(f"cannot be read as safetensors: {error}", where=str(folder / file_name)) from error
-        return open_files[file_name]
-
-    if (folder / INDEX).exists():
-        places = dict(_read_json(folder / INDEX).get("weight_map") or {})
-    elif (folder / "model.safetensors").exists():
-        places = dict.fromkeys(opened("model.safetensors").keys(), "model.safetensors")
-    else:
-        raise UserError(
-            "has no model.safetensors",
-            where=str(folder),
-            hint="save it with transformers' save_pretrained(…, safe_serialization=True)",
-        )
-
-    def read(name: str) -> Tensor:
-        if name not in places:
-            raise UserError(f"has no tensor {name}", where=str(folder))
-        value: Tensor = opened(places[name]).get_tensor(name)
-        if value.shape != hf_shape(name, a):
+    def __init__(self, folder: Path, a: Architecture) -> None:
+        self.folder, self.architecture = folder, a
+        if (folder / INDEX).exists():
+            self.places = dict(_read_json(folder / INDEX).get("weight_map") or {})
+        elif (folder / WHOLE).exists():
+            with self._opened(WHOLE) as file:
+                self.places = dict.fromkeys(file.keys(), WHOLE)
+        else:
             raise UserError(
-                f"{name} has shape {list(value.shape)}, config.json makes it {list(hf_shape(name, a))}",
-                where=str(folder / places[name]),
+                "has no model.safetensors",
+                where=str(folder),
+                hint="save it with transformers' save_pretrained(…, safe_serialization=True)",
             )
+
+    def __call__(self, name: str) -> Tensor:
+        """The tensor, in the type in which it is stored."""
+        with self._holding(name) as file:  # mapped anew each time: what was read would count as memory until closed
+            value: Tensor = file.get_tensor(name)
+        self.check_shape(name, tuple(value.shape))
         return value
 
-    return read
+    def dtype(self, name: str) -> torch.dtype:
+        """The type in which a tensor is stored; only the file's header is read."""
+        with self._holding(name) as file:
+            part = file.get_slice(name)
+            self.check_shape(name, tuple(part.get_shape()))
+            kind = part.get_dtype()
+        if kind not in STORED_DTYPES:
+            raise UserError(
+                f"{name} is stored as {kind}, which is no plain floating-point type",
+                where=str(self.folder / self.places[name]),
+                hint=f"convert a model whose weights are not quantised ({', '.join(STORED_DTYPES)})",
+            )
+        return STORED_DTYPES[kind]
+
+    def check_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        expected = hf_shape(name, self.architecture)
+        if shape != expected:
+            raise UserError(
+                f"{name} has shape {list(shape)}, config.json makes it {list(expected)}",
+                where=str(self.folder / self.places[name]),
+            )
+
+    def _holding(self, name: str) -> Any:
+        if name not in self.places:
+            raise UserError(f"has no tensor {name}", where=str(self.folder))
+        return self._opened(self.places[name])
+
+    def _opened(self, file_name: str) -> Any:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            return safe_open(self.folder / file_name, "pt")
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"cannot be read as safetensors: {error}", where=str(self.folder / file_name)) from error
 
 
-def save_folder(
-    model: torch.nn.Module,
-    a: Architecture,
-    folder: Path,
-    *,
-    dtype: torch.dtype | None = None,
-    max_file_bytes: int = 5 << 30,
-) -> None:
-    """Write a whole policy as a Hugging Face folder: safetensors in files of at most max_file_bytes, then config.json.
-
-    Holds one file's tensors beside the model. Raises UserError where the folder holds a model already.
-    """
-    from safetensors.torch import save_file
-
-    if (folder / "config.json").exists():
-        raise UserError("holds a model already", where=str(folder), hint="name a folder that does not exist")
-    folder.mkdir(parents=True, exist_ok=True)
-    for left_over in folder.glob("model*.safetensors*"):  # of an export that broke off
-        left_over.unlink()
-    dtype = dtype or next(model.parameters()).dtype
-    numbers, total = _files(model, a, dtype, max_file_bytes)
-    count = max(numbers.values())
-    names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
-    if count == 1:
-        names = ["model.safetensors"]
-    for number, part in itertools.groupby(export_weights(model, a), lambda named: numbers[named[0]]):
-        tensors = {name: value.to(device="cpu", dtype=dtype).contiguous() for name, value in part}
-        save_file(tensors, folder / names[number - 1], metadata={"format": "pt"})
-    if count > 1:
-        places = {name: names[number - 1] for name, number in numbers.items()}
-        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
-    _write_json(folder / "config.json", hf_config(a) | {"torch_dtype": str(dtype).removeprefix("torch.")})
-
-
-def _files(model: torch.nn.Module, a: Architecture, dtype: torch.dtype, most: int) -> tuple[dict[str, int], int]:
-    """Which file, from 1, each tensor goes into, in model order; and the bytes of all."""
-    numbers: dict[str, int] = {}
-    number, used, total = 1, 0, 0
-    for parameter_name, parameter in model.named_parameters():
-        for name, value in to_hf(parameter_name, torch.empty_like(parameter, dtype=dtype, device="meta"), a):
-            if used and used + value.nbytes > most:
-                number, used = number + 1, 0
-            numbers[name] = number
-            used += value.nbytes
-            total += value.nbytes
-    return numbers, total
+def open_weights(folder: Path, a: Architecture) -> StoredWeights:
+    """A reader of the folder's tensors by their names."""
+    return StoredWeights(folder, a)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -273,7 +283,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError("holds no mapping", where=str(path))
     return values
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -22,6 +22,7 @@ from nemotron_launch.trainer.agreement import SharedError, on_rank_0
 from nemotron_launch.trainer.architecture import Architecture
 from nemotron_launch.trainer.checkpoints import WEIGHTS, CheckpointStore, metric_value, out_of_time, parse_must_save_by
 from nemotron_launch.trainer.data.order import Position, batch_indices, next_position, steps_per_epoch
+from nemotron_launch.trainer.file_errors import why_not_written
 from nemotron_launch.trainer.megatron import checkpoint, parallel
 from nemotron_launch.trainer.megatron.parallel import Layout
 from nemotron_launch.trainer.metrics import MetricsLog
@@ -30,9 +31,6 @@ from nemotron_launch.trainer.signals import StopRequest
 from nemotron_launch.trainer.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
-
-# A file system with less free space than this counts as full.
-FULL_MIB = 4
 
 
 class Task(Protocol):
@@ -298,14 +296,11 @@ def _commit(run: Run, progress: Progress, line: Mapping[str, float]) -> None:
 
 def _not_written(error: BaseException, run: Run, step: int) -> UserError:
     """The save broke off: give its room back, and say why and where the run stands."""
-    free = shutil.disk_usage(run.store.folder).free / 2**20
+    reason = why_not_written(error, run.store.folder)
     if run.policy.layout.rank == 0:
         shutil.rmtree(run.store.tmp_path(step), ignore_errors=True)
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).strip().splitlines()[-1]
-    if free < FULL_MIB:  # torch's writer knows no reason
-        reason = "no space left on device"
     return UserError(
-        f"step {step} could not be saved: {reason.lower()}",
+        f"step {step} could not be saved: {reason}",
         where=str(run.store.folder),
         hint=f"last good checkpoint: {run.store.latest() or 'none'}; start again to go on from there",
         exit_code=exit_codes.FAILED,

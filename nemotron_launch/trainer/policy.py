@@ -28,6 +28,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from megatron.core import parallel_state
     from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
 # (logps [N, R] of micro-batch i, i) → the loss, already divided by the global batch, and metrics that add up.
 LossFunction = Callable[[Tensor, int], tuple[Tensor, dict[str, Tensor]]]
@@ -77,6 +78,26 @@ class Policy:
         if not self.layout.last_stage:
             results = [torch.zeros_like(batch.mask_NR) for batch in batches]
         return [parallel.from_last_stage(logps) for logps in results]
+
+    @torch.no_grad()
+    def logits(self, batch: Batch) -> Tensor:
+        """Logits [W, V] behind every token that predicts one of the batch's, fp32, on every rank of this model."""
+        seen: list[Tensor] = []
+        hook = None
+        if self.layout.last_stage:
+            hook = self.gpt.output_layer.register_forward_hook(lambda _, __, output: seen.append(output[0]))
+        try:
+            with self._evaluating():
+                self._run([batch], None)
+        finally:
+            if hook is not None:
+                hook.remove()
+        count = len(wanted_positions(batch)[0])
+        rows = torch.zeros(count, self.architecture.vocab_size, device=self.layout.device)
+        if self.layout.last_stage:
+            whole = gather_from_tensor_model_parallel_region(seen[0][:, 0].contiguous())
+            rows.copy_(whole[:, : self.architecture.vocab_size])
+        return parallel.from_last_stage(rows)
 
     @contextlib.contextmanager
     def _evaluating(self) -> Iterator[None]:

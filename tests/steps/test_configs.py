@@ -19,6 +19,7 @@ from nemotron_launch.resources import steps_dir
 STEPS = steps_dir()
 Standard = Callable[[Path], Draft202012Validator]
 CONFIGS = sorted(STEPS.glob("**/config/*.yaml"))
+TRAINING = [path for path in CONFIGS if path.relative_to(STEPS).parts[0] in ("sft", "rm", "rl")]
 DPO, SFT = "rl/nemo_rl/dpo", "sft/megatron"
 RLVR, RLHF = "rl/nemo_rl/rlvr", "rl/nemo_rl/rlhf"
 
@@ -76,9 +77,13 @@ def test_config_composes_to_what_its_schema_accepts(path: Path, standard: Standa
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=name)
+def test_a_config_has_no_problems(path: Path) -> None:
+    assert check(step_id(path), compose(path, schema=path.parent.parent / "schema.json").data) == []
+
+
+@pytest.mark.parametrize("path", TRAINING, ids=name)
 def test_arithmetic_of_a_config_holds(path: Path) -> None:
     data = compose(path, schema=path.parent.parent / "schema.json").data
-    assert check(step_id(path), data) == []
     ranks = data_parallel_size(data)
     assert ranks
     assert data["policy"]["train_global_batch_size"] % (data["policy"]["train_micro_batch_size"] * ranks) == 0
@@ -88,7 +93,7 @@ def test_arithmetic_of_a_config_holds(path: Path) -> None:
     assert loop["val_global_batch_size"] % (loop["val_micro_batch_size"] * ranks) == 0
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=name)
+@pytest.mark.parametrize("path", TRAINING, ids=name)
 def test_every_checkpoint_has_the_metric_that_ranks_it(path: Path) -> None:
     data = compose(path, schema=path.parent.parent / "schema.json").data
     loop = loop_of(data)
@@ -101,6 +106,8 @@ def test_everything_that_a_run_writes_is_below_rl_output_dir(path: Path, monkeyp
     monkeypatch.setenv("RL_OUTPUT_DIR", "/somewhere")
     data = compose(path, schema=path.parent.parent / "schema.json").data
     assert data["output_dir"].startswith("/somewhere/")
+    if path not in TRAINING:
+        return
     assert data["checkpointing"]["checkpoint_dir"] == f"{data['output_dir']}/checkpoints"
     assert data["logger"]["log_dir"] == f"{data['output_dir']}/logs"
 

@@ -90,7 +90,8 @@ def test_text_names_only_keys_that_exist(folder: Path) -> None:
     schema = load_schema(folder / "schema.json")
     for text in ((folder / "step.yaml").read_text(), (folder / "SKILL.md").read_text()):
         for key in re.findall(rf"(?<![\w./-])((?:{sections})(?:\.[a-z_0-9]+)+)(?![\w*/]|\.\w)", text):
-            assert knows(schema, tuple(key.split("."))) != "unknown", key
+            if not (folder / key).is_file():  # run.py
+                assert knows(schema, tuple(key.split("."))) != "unknown", key
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=name)

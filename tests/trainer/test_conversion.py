@@ -6,8 +6,8 @@ import pytest
 import torch
 from models import VOCAB, batch_of, hf_model, pairs, policy_of
 
-from nemotron_launch.trainer import hf
 from nemotron_launch.trainer.batch import Group
+from nemotron_launch.trainer.hand_over import write_weights
 
 SHAPES = [(family, tied) for family in ("llama", "qwen2", "qwen3") for tied in (False, True)]
 
@@ -42,8 +42,8 @@ def test_converted_policy_has_the_logits_of_transformers(layout, family, tied, t
 
     model = hf_model(family, tied=tied)
     policy = policy_of(model, layout)
-    hf.save_folder(policy.gpt, policy.architecture, tmp_path)
-    exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    write_weights(policy, tmp_path / "model")
+    exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
     ids = torch.randint(0, VOCAB, (60,), generator=torch.Generator().manual_seed(7))
     got = policy_logits(policy, ids)
     for theirs in (model, exported):
@@ -66,8 +66,8 @@ def test_exported_folder_loads_in_transformers_bit_for_bit(layout, family, tied,
 
     model = hf_model(family, tied=tied)
     policy = policy_of(model, layout)
-    hf.save_folder(policy.gpt, policy.architecture, tmp_path)
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    write_weights(policy, tmp_path / "model")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
     assert type(loaded) is type(model)
     for (name, there), here in zip(loaded.state_dict().items(), model.state_dict().values(), strict=True):
         assert torch.equal(there, here), name

@@ -10,7 +10,9 @@ import torch
 from models import hf_model, policy_of
 
 from nemotron_launch.errors import UserError
-from nemotron_launch.trainer import hf
+from nemotron_launch.trainer import hf, hf_folders
+from nemotron_launch.trainer.hand_over import write_weights
+from nemotron_launch.trainer.hf_folders import FolderWriter, config_of
 from nemotron_launch.trainer.megatron.model import padded_vocab
 from nemotron_launch.trainer.policy import Policy
 
@@ -88,7 +90,8 @@ def test_a_model_in_several_files_is_the_same_to_us_and_to_transformers(layout, 
 
     model = hf_model(family, tied=tied)
     policy = policy_of(model, layout)
-    hf.save_folder(policy.gpt, policy.architecture, tmp_path, max_file_bytes=100_000)
+    tmp_path = tmp_path / "model"
+    write_weights(policy, tmp_path, max_file_bytes=100_000)
     files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
     assert len(files) > 3
     assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
@@ -112,36 +115,47 @@ def test_what_transformers_writes_in_several_files_is_read(layout, tmp_path):
         assert torch.equal(read(name), value), name
 
 
-def test_an_export_in_another_dtype_says_so_and_rounds_once(policy, tmp_path):
-    hf.save_folder(policy.gpt, policy.architecture, tmp_path, dtype=torch.bfloat16)
-    assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == "bfloat16"
-    read = hf.open_weights(tmp_path, policy.architecture)
-    for name, value in hf.export_weights(policy.gpt, policy.architecture):
-        assert torch.equal(read(name), value.to(torch.bfloat16)), name
+def test_the_writer_takes_tensors_in_any_order_and_rounds_once(policy, tmp_path):
+    """Of several types in one file, too: norms in float32, the rest in bfloat16."""
+    a = policy.architecture
+    values = dict(hf.export_weights(policy.gpt, a))
+    dtypes = {name: torch.float32 if "norm" in name else torch.bfloat16 for name in values}
+    writer = FolderWriter(tmp_path / "model", a, dtypes, max_file_bytes=50_000)
+    for name in reversed(values):
+        writer.add(name, values[name])
+    writer.finish(config_of(a, dtypes.values()))
+    assert [path.name for path in tmp_path.iterdir()] == ["tmp_model"]  # nothing yet that somebody could take for whole
+    writer.publish()
+    read = hf.open_weights(tmp_path / "model", a)
+    for name, value in values.items():
+        assert torch.equal(read(name), value.to(dtypes[name])), name
+        assert read(name).dtype == read.dtype(name) == dtypes[name]
 
 
-def test_an_export_that_broke_off_is_no_model_and_can_be_repeated(policy, tmp_path):
-    """The disk is full after two files: no config.json yet, so nothing loads it; the next export clears them away."""
-    import safetensors.torch
+def test_a_full_disk_leaves_nothing_and_the_export_can_be_repeated(policy, tmp_path, monkeypatch):
+    """No space after the second tensor: what comes is taken, the error said in the end."""
+    full = hf_folders.FolderWriter._at
+    count = [0]
 
-    original = safetensors.torch.save_file
-
-    def save_file(tensors, path, **options):
-        if path.name.startswith("model-00003"):
+    def at(self, name):
+        count[0] += 1
+        if count[0] == 3:
             raise OSError(28, "No space left on device")
-        original(tensors, path, **options)
+        return full(self, name)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(safetensors.torch, "save_file", save_file)
-        with pytest.raises(OSError, match="No space"):
-            hf.save_folder(policy.gpt, policy.architecture, tmp_path, max_file_bytes=100_000)
-    assert len(list(tmp_path.glob("model-*"))) == 2
-    with pytest.raises(UserError, match="has no config.json"):
-        hf.read_config(tmp_path)
-    hf.save_folder(policy.gpt, policy.architecture, tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
-    with pytest.raises(UserError, match="holds a model already"):
-        hf.save_folder(policy.gpt, policy.architecture, tmp_path)
+    monkeypatch.setattr(hf_folders.FolderWriter, "_at", at)
+    with pytest.raises(UserError, match="no space left"):
+        write_weights(policy, tmp_path / "model", max_file_bytes=100_000)
+    assert list(tmp_path.iterdir()) == []
+    write_weights(policy, tmp_path / "model")
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_what_a_killed_export_left_is_no_model_and_in_nobody_s_way(policy, tmp_path):
+    (tmp_path / "tmp_model").mkdir()
+    (tmp_path / "tmp_model" / "model-00009-of-00009.safetensors").write_bytes(b"torn")
+    write_weights(policy, tmp_path / "model")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["config.json", "model", "model.safetensors"]
 
 
 def broken(folder: Path, how: str) -> None:
@@ -186,7 +200,7 @@ def broken(folder: Path, how: str) -> None:
 )
 def test_a_broken_folder_is_told_what_is_wrong_and_where(layout, policy, tmp_path, how, where, said):
     folder = tmp_path / "model"
-    hf.save_folder(policy.gpt, policy.architecture, folder)
+    write_weights(policy, folder)
     broken(folder, how)
     with pytest.raises(UserError, match=said) as raised:
         architecture = hf.read_config(folder)

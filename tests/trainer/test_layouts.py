@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from models import hf_model, policy_of
 
-from nemotron_launch.trainer import hf
+from nemotron_launch.trainer.hand_over import write_weights
 
 WORKER = Path(__file__).with_name("layout_worker.py")
 LAYOUTS = {
@@ -26,10 +26,10 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module", params=["untied", "tied"])
 def model(request, tmp_path_factory, layout):
-    folder = tmp_path_factory.mktemp(request.param)
+    folder = tmp_path_factory.mktemp(request.param) / "model"
     family = "llama" if request.param == "untied" else "qwen3"
     policy = policy_of(hf_model(family, tied=request.param == "tied"), layout)
-    hf.save_folder(policy.gpt, policy.architecture, folder)
+    write_weights(policy, folder)
     return folder
 
 

@@ -10,7 +10,7 @@ import pytest
 from models import hf_model, policy_of
 from runs import Run, assert_same_tensors
 
-from nemotron_launch.trainer import hf
+from nemotron_launch.trainer.hand_over import write_weights
 
 pytestmark = pytest.mark.slow
 KILLED = 128 + signal.SIGKILL
@@ -157,9 +157,8 @@ def test_the_reference_stays_the_recorded_one_when_its_folder_has_a_newer_checkp
 
 def test_a_hugging_face_folder_is_warm_start_and_reference_and_may_move(layout, tmp_path):
     folder = tmp_path / "model"
-    folder.mkdir()
     policy = policy_of(hf_model("llama", num_hidden_layers=1), layout)
-    hf.save_folder(policy.gpt, policy.architecture, folder)
+    write_weights(policy, folder)
     run = Run("dpo", tmp_path / "run").with_(policy__architecture=None, checkpointing__pretrained_checkpoint=None)
     there = run.with_(policy__model_name=str(folder))
     assert there.go(patch="at_call(policy.Policy, 'train_step', 4, kill)").code == KILLED

@@ -13,7 +13,7 @@ import torch
 from models import hf_model, policy_of
 from rollout_worker import rollouts, scores
 
-from nemotron_launch.trainer import hf
+from nemotron_launch.trainer.hand_over import write_weights
 
 WORKER = Path(__file__).with_name("rollout_worker.py")
 LAYOUTS = {"tp2-pp2": (4, "--tp", "2", "--pp", "2"), "dp2": (2,)}
@@ -25,8 +25,8 @@ def start(request, layout, tmp_path_factory):
     """A model's folder, and what one process writes with it, all at once."""
     tied = request.param == "tied"
     policy = policy_of(hf_model("qwen3" if tied else "llama", tied=tied), layout)
-    folder = tmp_path_factory.mktemp("model")
-    hf.save_folder(policy.gpt, policy.architecture, folder)
+    folder = tmp_path_factory.mktemp("model") / "model"
+    write_weights(policy, folder)
     return folder, rollouts(policy, batch_size=None), scores(policy)
 
 
@@ -51,7 +51,7 @@ def test_a_layout_rolls_out_and_hands_over_like_one_process(start, name, tmp_pat
     for values, expected in zip(scored, scored_alone, strict=True):
         # The trainer's log-probabilities; rows may be padded further for sequence parallelism.
         assert [value for value in values if value] == pytest.approx([value for value in expected if value], abs=1e-5)
-    written = load_file(tmp_path / "weights" / "model-00001.safetensors")
+    written = load_file(tmp_path / "weights" / "model.safetensors")
     given = load_file(folder / "model.safetensors")
     assert written.keys() == given.keys()
     assert all(torch.equal(written[key], value) for key, value in given.items())

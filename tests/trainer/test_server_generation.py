@@ -218,7 +218,7 @@ def test_weights_in_several_files_are_those_of_the_export(policy, tmp_path):
     """Bit for bit, and loadable by transformers; a folder appears when it is whole."""
     from safetensors.torch import load_file
 
-    hf.save_folder(policy.gpt, policy.architecture, tmp_path / "export")
+    write_weights(policy, tmp_path / "export")
     write_weights(policy, tmp_path / "weights", max_file_bytes=100_000)
     expected = load_file(tmp_path / "export" / "model.safetensors")
     index = json.loads((tmp_path / "weights" / hf.INDEX).read_text())["weight_map"]

@@ -88,8 +88,12 @@ class WriteHere(torch_dist.TorchDistSaveShardedStrategy):
             torch_dist.mcore_to_pyt_state_dict(named, False),
             # One thread: torch drops what goes wrong in the others, and with it the tensors they had to write.
             storage_writer=torch_checkpoint.FileSystemWriter(checkpoint_dir, thread_count=1, sync_files=True),
-            planner=torch_dist.MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+            planner=self.planner(),
         )
+
+    def planner(self) -> torch_dist.MCoreSavePlanner:
+        """What gives the writer its tensors."""
+        return torch_dist.MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
 
 
 def _state(model: GPTModel, optimizer: Any, scheduler: Any, *, loading: bool) -> dict[str, Any]:
@@ -105,9 +109,12 @@ def _load(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
     try:
         return dist_checkpointing.load(state, str(folder))
     except READ_ERRORS as error:
-        # Errors of several ranks come with their stacks in front.
-        last_line = str(error).strip().splitlines()[-1] if str(error) else type(error).__name__
-        raise UserError(f"cannot be read as a Megatron checkpoint: {last_line}", where=str(folder)) from error
+        raise UserError(f"cannot be read as a Megatron checkpoint: {last_line(error)}", where=str(folder)) from error
+
+
+def last_line(error: BaseException) -> str:
+    """What an error says in the end: those of several ranks come with their stacks in front."""
+    return str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
 
 
 def _check_shapes(folder: Path, wanted: dict[str, Any]) -> None:

@@ -105,6 +105,11 @@ def start(
     )
 
 
+def world_size() -> int:
+    """How many processes were started, as the environment says."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def stop() -> None:
     """Leave the process groups; safe to call twice."""
     if parallel_state.model_parallel_is_initialized():

@@ -1,0 +1,143 @@
+"""Whether a Megatron checkpoint and a Hugging Face folder compute the same: their logits on one text, in float32.
+
+Legend: S tokens of the text, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nemotron_launch.errors import UserError
+from nemotron_launch.trainer import exit_codes, hf
+from nemotron_launch.trainer.agreement import on_rank_0
+from nemotron_launch.trainer.architecture import Architecture
+from nemotron_launch.trainer.batch import Group, collate
+from nemotron_launch.trainer.megatron import checkpoint
+from nemotron_launch.trainer.megatron.model import Numerics
+from nemotron_launch.trainer.megatron.parallel import Layout
+from nemotron_launch.trainer.policy import Policy
+from nemotron_launch.trainer.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+LONGEST = 512  # tokens
+SPARE = 2 << 30  # bytes that the libraries and activations want
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far both sides are apart on `tokens` positions: the largest difference of a logit, and the largest logit."""
+
+    difference: float
+    largest: float
+    tokens: int
+
+
+def probe_ids(text: str, tokenizer: Tokenizer | None, a: Architecture) -> np.ndarray:
+    """Token ids of the text, BOS first where the tokenizer has one; random ones without a tokenizer."""
+    if tokenizer is None:
+        ids = np.random.default_rng(0).integers(0, a.vocab_size, 64)
+    else:
+        first = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+        ids = np.array([*first, *tokenizer.encode(text)])
+        if len(ids) < 2:
+            raise UserError("is one token", where="probe_text", hint="take a text of a few words")
+    return ids[: min(LONGEST, a.max_position_embeddings)]
+
+
+def fits(a: Architecture, layout: Layout) -> bool:
+    """Whether this machine has the memory for both sides, one after the other, in float32; rank 0 decides."""
+    model = 4 * sum(torch.Size(hf.hf_shape(name, a)).numel() for name in hf.hf_names(a))
+    copies = 1.0
+    if layout.device.type == "cpu":
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        copies = max(1.0, local / (layout.tensor * layout.pipeline))
+    return on_rank_0(lambda: int(model * copies * 1.1) + SPARE < _available())
+
+
+def compare(
+    weights: Path, folder: Path, a: Architecture, layout: Layout, ids: np.ndarray, *, rounded: torch.dtype | None
+) -> Agreement:
+    """Both sides' logits behind every token but the last; all ranks call it, each side is in memory by itself.
+
+    weights: a torch_dist folder, loaded at this layout. folder: loaded by transformers on rank 0's CPU. Whatever type
+    the weights are stored in, both are computed in float32, which loses nothing. rounded: the type to which one of
+    them was converted; the other's weights are rounded to it first. UserError: transformers does not take the folder.
+    """
+    ours = _megatron_logits(weights, a, layout, ids, rounded)
+    gc.collect()
+
+    def theirs() -> Agreement:
+        there = _transformers_logits(folder, ids, rounded)
+        difference = (ours.cpu() - there).abs().max()
+        return Agreement(float(difference), float(there.abs().max()), len(there))
+
+    return on_rank_0(theirs)
+
+
+def judge(agreement: Agreement, limit: float) -> None:
+    """Say how far both sides are apart; UserError where that is further than allowed (or not a number)."""
+    said = (
+        f"logits of both sides on {agreement.tokens} tokens: largest difference {agreement.difference:.2g} "
+        f"(largest logit {agreement.largest:.3g})"
+    )
+    if agreement.difference <= limit:
+        log.info("%s", said)
+        return
+    raise UserError(
+        f"{said}, above {limit:.2g}; nothing was written",
+        where="max_logit_difference",
+        hint="a difference of the order of rounding may be allowed with a larger max_logit_difference",
+        exit_code=exit_codes.FAILED,
+    )
+
+
+def _megatron_logits(
+    weights: Path, a: Architecture, layout: Layout, ids: np.ndarray, rounded: torch.dtype | None
+) -> Tensor:
+    """[S-1, V], fp32."""
+    policy = Policy(a, layout, Numerics())
+    checkpoint.load_weights(weights, policy.gpt)
+    _round(policy.gpt, rounded)
+    return policy.logits(collate([Group(0, (ids,))], pad_id=0, device=layout.device))
+
+
+@torch.no_grad()
+def _round(model: torch.nn.Module, dtype: torch.dtype | None) -> None:
+    if dtype is not None:
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(dtype))
+
+
+@torch.no_grad()
+def _transformers_logits(folder: Path, ids: np.ndarray, rounded: torch.dtype | None) -> Tensor:
+    """[S-1, V], fp32, on CPU."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    except (OSError, ValueError, RuntimeError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError("transformers cannot load it", where=str(folder), hint=first) from error
+    _round(model, rounded)
+    logits: Tensor = model(torch.from_numpy(ids.astype(np.int64))[None]).logits[0, :-1]
+    return logits
+
+
+def _available() -> int:
+    """Bytes of memory that this process may still take: the machine's, or its cgroup's where that is less."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    free = int(lines["MemAvailable"].split()[0]) * 1024
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+    except (OSError, ValueError):
+        return free
+    return free if limit == "max" else min(free, int(limit) - used)
