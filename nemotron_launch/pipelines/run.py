@@ -59,6 +59,8 @@ def run_pipeline(
     if last:
         wanted &= pipeline.before([last])
         again &= wanted
+    if not wanted:
+        raise UserError(f"{last} does not need {first}: no stage is left", where="--until")
     with _alone(ledger, pipeline, planned):
         found = standings(pipeline, planned, ledger, backends, warn, again=again)
         to_do = [one for one in found.values() if one.name in wanted and one.state == "to do"]
@@ -111,8 +113,7 @@ def _cannot_wait(one: Standing, need: Standing) -> tuple[str, str]:
     hint = "-r in place of -b stays here and runs one after the other"
     if one.row.executor == "lepton" == need.row.executor:
         return f"needs {need.name}, and Lepton's jobs cannot wait for another one", hint
-    ours, theirs = (f"{each.row.executor} on {each.planned.place.files}" for each in (one, need))
-    ours, theirs = (text.removeprefix("local on ") for text in (ours, theirs))
+    ours, theirs = (f"{each.row.executor} ({each.planned.place.files})" for each in (one, need))
     return f"runs by {ours} and needs {need.name}, by {theirs}: neither can wait for the other", hint
 
 
@@ -133,10 +134,9 @@ class _Running:
         for one in stages:
             if code := self._one(one):
                 return code
-        if self.attached:
-            for name in list(self.pending):
-                if code := self._await(name):
-                    return code
+        for name in list(self.pending) if self.attached else []:
+            if code := self._await(name):
+                return code
         return 0
 
     def _one(self, one: Standing) -> int:

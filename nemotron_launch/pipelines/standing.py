@@ -153,10 +153,12 @@ def _stands(
     old = (run.ended or run.created) < since
     if not same or old:
         return replace(seen, why="its config has changed" if not same else "what it takes is newer", stale=True)
-    if run.state == "finished" and (host is None or host.entries(row.output_dir) is not None):
-        return replace(seen, state="done", at=run.ended or run.created)
+    if run.state == "finished":
+        if host is None or host.entries(row.output_dir) is not None:
+            return replace(seen, state="done", at=run.ended or run.created)
+        return replace(seen, why="what it made is gone", stale=True)
     code = f", exit code {run.exit_code}" if run.exit_code else ""
-    return replace(seen, why=f"was {run.state}{code}" if run.state != "failed" else f"failed{code}")
+    return replace(seen, why=f"failed{code}" if run.state == "failed" else f"was {run.state}{code}")
 
 
 def _record(host: Host | None, row: Run) -> Record | None:
