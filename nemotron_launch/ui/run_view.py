@@ -1,0 +1,109 @@
+"""What a run's page shows: all of it once, then what has come since; and the ends of its logs."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from nemotron_launch.reports.metrics_file import MetricsFile
+from nemotron_launch.reports.run_data import POINTS, report_data, thinned
+from nemotron_launch.reports.sources import missing
+from nemotron_launch.ui.log_tails import chosen
+from nemotron_launch.ui.places import Watched
+
+_LINES = 1000  # of a log in one answer
+_ROW = ("state", "reason", "exit_code", "attempt", "job_id", "submitted", "started", "ended")
+Data = dict[str, Any]
+
+
+def whole(watched: Sequence[Watched]) -> Data:
+    """Runs as a report has them, with what is known of them now and a mark to go on from."""
+    with ExitStack() as locks:
+        for one in watched:
+            locks.enter_context(one.lock)
+        read = [one for one in watched if one.files is not None]
+        data = report_data(
+            [one.files for one in read if one.files],
+            progress={one.run.run_id: one.progress for one in read if one.progress},
+            warnings={one.run.run_id: warnings_of(one) for one in read},
+        )
+        return {"report": data, "live": {one.run.run_id: _live(one) for one in watched}}
+
+
+def news(watched: Watched, mark: str, step: int) -> Data | None:
+    """What has come since: the run's state, and its curves from `step` on, whose points replace what was known of them.
+
+    None: all must be told again, for the run has gone back, or the mark is not of this server.
+    """
+    with watched.lock:
+        if watched.files is None:
+            return None
+        metrics = watched.files.metrics()
+        if mark != _mark(watched):
+            return None
+        return {
+            "live": _live(watched),
+            "metrics": since(metrics, step),
+            "last_step": metrics.last_step,
+            "warnings": warnings_of(watched),
+            "problems": list(metrics.problems),
+            "bad_lines": metrics.bad_lines,
+        }
+
+
+def since(metrics: MetricsFile, step: int) -> Data:
+    """Curves from a step on, as `curves` gives whole ones; those that have nothing new are left out."""
+    axes: list[list[float]] = []
+    known: dict[tuple[float, ...], int] = {}
+    found: Data = {}
+    for name in metrics.names:
+        steps, values = metrics.steps(name), metrics.values(name)
+        at = bisect_left(steps, step)
+        if name == "epoch" or at == len(steps):
+            continue
+        x, curve = thinned(steps[at:], values[at:], POINTS)
+        axis = known.setdefault(tuple(x), len(axes))
+        if axis == len(axes):
+            axes.append(x)
+        found[name] = {"axis": axis, **curve}
+    return {"axes": axes, "of": found}
+
+
+def logs(watched: Watched, wanted: str, number: int | None) -> Data:
+    """The lines of a log from this number on, and which logs there are."""
+    with watched.lock:
+        source = chosen(watched.sources, wanted)
+        tail = watched.tails.get(source) if source else None
+        return {
+            "sources": [{"attempt": one.attempt, "name": one.name} for one in watched.sources],
+            "source": f"{source.attempt}/{source.name}" if source else "",
+            "state": watched.run.state,
+            "problem": watched.problem,
+            **(tail.since(number, _LINES) if tail else {"lines": [], "first": 0, "next": 0, "cut": False}),
+        }
+
+
+def _live(one: Watched) -> Data:
+    """What changes while a run goes on, and what keeps it from being shown."""
+    problem = missing(one.files) if one.files else None
+    return {
+        **{name: getattr(one.run, name) for name in _ROW},
+        "mark": _mark(one),
+        "nodes": list(one.nodes),
+        "expected_start": one.expected_start,
+        "checkpoint": one.progress.checkpoint if one.progress else None,
+        "missing": str(problem).removeprefix("error: ") if problem else "",
+        "problem": one.problem,
+    }
+
+
+def _mark(one: Watched) -> str:
+    """Another one when points that were told may no longer hold."""
+    metrics = one.files.metrics() if one.files else None
+    return f"{id(metrics):x}-{metrics.restarts}-{len(metrics.names)}" if metrics else ""
+
+
+def warnings_of(one: Watched) -> list[Data]:
+    return []
