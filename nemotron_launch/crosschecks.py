@@ -5,12 +5,14 @@ What a config says for itself is in config/checks.py; whether inputs exist, in i
 
 from __future__ import annotations
 
+import os
 import posixpath
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from nemotron_launch.artifacts import records_around
 from nemotron_launch.catalog import Step
 from nemotron_launch.config.compose import Composed
 from nemotron_launch.job import Job, Mount
@@ -59,6 +61,29 @@ def warnings(job: Job, composed: Composed, profile: Profile | None) -> list[str]
         if there is not None and 0 < used < there:
             found.append(f"{used} of the {there} GPUs of {job.options['resource_shape']} are used on each node")
     return found
+
+
+def sees_this_machine(job: Job) -> bool:
+    """Whether the job sees the files of this machine: it runs here, or on the cluster whose login node this is."""
+    tunnel = job.options.get("tunnel") or {}
+    login = job.executor == "slurm" and tunnel.get("type") == "local" and Path(job.workdir).is_dir()
+    return job.executor == "local" or login
+
+
+def check_artifacts(job: Job, step: Step, composed: Composed) -> None:
+    """Raise where a path leads to what a run has recorded, and that does not fit; what is named has been checked."""
+    if not sees_this_machine(job):
+        return
+    named = {use.key for use in composed.uses}
+    for port in step.consumes:
+        value = composed.get(port.key)
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and text and port.key not in named and not text.startswith("step://"):
+                path = os.path.join(job.workdir, os.path.expanduser(text))
+                if next(records_around(path), None):
+                    from nemotron_launch.artifacts.references import check_path
+
+                    check_path(step, composed, port.key, text, Path(path))
 
 
 def covers(folder: str, path: str) -> bool:

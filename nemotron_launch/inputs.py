@@ -123,8 +123,7 @@ def _locator(step: Step, job: Job, profile: Profile | None) -> Locator:
     """Finds the file here that a path of the config means to the job; None where it lies on another machine."""
     if job.executor == "local":
         return lambda text, key: resolve_path(text, step.folder, key)
-    tunnel = (profile.data.get("tunnel") or {}) if profile else {}
-    here = job.executor == "slurm" and tunnel.get("type") == "local" and Path(job.workdir).is_dir()
+    here = crosschecks.sees_this_machine(job)
 
     def locate(text: str, key: str) -> Path | None:
         if text.startswith("step://"):

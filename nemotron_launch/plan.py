@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemotron_launch import bundle, crosschecks
+from nemotron_launch.artifacts import names_artifact
 from nemotron_launch.catalog import Port, Step
 from nemotron_launch.config import checks
 from nemotron_launch.config.compose import Composed, Composer, composer, report
@@ -76,7 +77,18 @@ def composer_for(
     """compose_for for many lists of overrides: the points of a sweep."""
     layers = _layers(step, profile) if profile else []
     guarded = _environment(profile, os.environ if env is None else env)
-    return composer(config, schema=step.schema, step_dir=step.folder, layers=layers, env=guarded)
+    compose = composer(config, schema=step.schema, step_dir=step.folder, layers=layers, env=guarded)
+
+    def composed(overrides: Sequence[str], adjust: Callable[[Node], Node] | None = None, /) -> Composed:
+        made = compose(overrides, adjust)
+        if not any(names_artifact(made.get(port.key)) for port in step.consumes):
+            return made
+        from nemotron_launch.artifacts.references import resolved
+
+        again = lambda change: compose(overrides, lambda root: change(adjust(root) if adjust else root))  # noqa: E731
+        return resolved(step, profile, made, again)
+
+    return composed
 
 
 def plan_job(
@@ -104,6 +116,8 @@ def plan_job(
     if run_id is None:
         job = _named(job, _content_id(job))
     crosschecks.check(job, step, composed, profile)
+    if origin is HERE:
+        crosschecks.check_artifacts(job, step, composed)
     return job
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from nemotron_launch import __version__
-from nemotron_launch.artifacts import identity
+from nemotron_launch.artifacts import RECORD, identity, records_around
 from nemotron_launch.artifacts.identity import Tokens
 from nemotron_launch.catalog import Port, load_step
 from nemotron_launch.errors import UserError
@@ -29,10 +29,9 @@ from nemotron_launch.frozen import field, frozen
 from nemotron_launch.trainer.checkpoints import INFO, newest_complete
 from nemotron_launch.trainer.paths import is_hub_id, resolve_path
 
-FILE = "artifacts.json"
+FILE = RECORD
 FORMAT = 1
 LARGEST_HASHED = 64 << 20  # bytes of an input that is hashed whole
-_ABOVE = 7  # folders between an output folder and the deepest that a config names: …/step_N/policy/weights/iter_N
 _TAIL = 1 << 16  # bytes of metrics.jsonl's end
 # What tells one content of an artifact from another, in its folder or its newest step_N.
 _TELLING = (INFO, "model.safetensors.index.json", "config.json", "manifest.json")
@@ -60,7 +59,7 @@ class Made:
 
     @property
     def place(self) -> str:
-        """The path of exactly this content: a step_N, or the model in it; the file or folder itself of anything else."""
+        """The path of exactly this content: a step_N or the model in it, the file or folder itself of the rest."""
         return os.path.join(self.path, self.checkpoint) if self.checkpoint else self.path
 
 
@@ -186,9 +185,7 @@ def find(path: Path) -> tuple[Record, tuple[Made, ...]] | None:
     A run's output folder means all that it made; a step_N or a weights folder the checkpoints in which it lies.
     """
     here = Path(os.path.abspath(path))
-    for folder in (here, *list(here.parents)[:_ABOVE]):
-        if not (folder / FILE).is_file():
-            continue
+    for folder in map(Path, records_around(str(path))):
         record = read(folder)
         meant = tuple(one for one in record.artifacts if _concerns(one, here, folder)) if record else ()
         if record and meant:

@@ -140,11 +140,11 @@ def register_finished(ledger: Ledger, backends: Backends, warn: Warn, runs: Iter
 _LEFT = "SELECT run_id FROM runs WHERE state = 'finished' AND run_id NOT IN (SELECT run_id FROM registered)"
 
 
-def register(ledger: Ledger, host: Host | None, runs: Sequence[Run], warn: Warn) -> None:
+def register(ledger: Ledger, host: Host | None, runs: Sequence[Run], warn: Warn | None = None) -> None:
     """Read the records of finished runs of one host, and enter them. host: None where no folder can be read.
 
-    Of those only what their jobs say is known. A record that cannot be understood is a warning, once. UserError: the
-    host cannot be reached.
+    Of those only what their jobs say is known. A record that cannot be understood is a warning, once; without `warn`
+    such a run waits for a call with it. UserError: the host cannot be reached.
     """
     found: list[tuple[Run, Record | None]] = []
     for start in range(0, len(runs), _AT_ONCE):
@@ -161,16 +161,10 @@ def register(ledger: Ledger, host: Host | None, runs: Sequence[Run], warn: Warn)
             try:
                 found.append((run, parse(data, run.output_dir) if data is not None else None))
             except UserError as error:
-                warn(f"{error.where}: {error.message}: what {run.run_id} made is not known")
-                found.append((run, None))
+                if warn is not None:
+                    warn(f"{error.where}: {error.message}: what {run.run_id} made is not known")
+                    found.append((run, None))
     _enter(ledger, [(run, record if record and not _of_another(run, record) else None) for run, record in found])
-
-
-def register_here(ledger: Ledger, run: Run, warn: Warn) -> None:
-    """`register` for a run of this machine that has just finished."""
-    from nemotron_launch.hosts import open_host
-
-    register(ledger, open_host({}), [run], warn)
 
 
 def _of_another(run: Run, record: Record) -> bool:

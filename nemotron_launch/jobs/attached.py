@@ -38,7 +38,12 @@ def recorded(job: Job, overrides: Sequence[str], **fields: str) -> Iterator[Call
         try:
             with Ledger() as ledger:
                 values = {"state": seen.state, "exit_code": seen.exit_code, "reason": seen.reason, "ended": seen.ended}
-                ledger.change(run, **values)
+                now = ledger.change(run, **values)
+                if now and now.state == "finished":
+                    from nemotron_launch.artifacts.registry import register
+                    from nemotron_launch.hosts import open_host
+
+                    register(ledger, open_host({}), [now])
         except UserError:
             pass  # the run's folder says it too
 

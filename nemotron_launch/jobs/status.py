@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from nemotron_launch.backends.live import Backend, Refused, Seen
@@ -113,6 +114,11 @@ def look(ledger: Ledger, backend: Backend, runs: Sequence[Run]) -> list[Known]:
     for run, values in changes:
         now = new.get(run.run_id) or (run if not values else ledger.get(run.run_id) or run)
         found.append(Known(now, seen.get(run.run_id)))
+    if done := [run for run in new.values() if run.state == "finished"]:
+        from nemotron_launch.artifacts.registry import register
+
+        with suppress(UserError):  # the next command that wants to know what they made tries again
+            register(ledger, backend.host, done)
     return found
 
 
