@@ -13,7 +13,7 @@
   // Draws the report into an element, or brings what is drawn up to date: choices, zoom and what is open stay.
   Nemotron.show = function (data, root = document.getElementById("report")) {
     prepare(data);
-    const shape = JSON.stringify([data.runs.map((run) => run.name), data.figures.map((one) => [one.key, one.lines.length])]);
+    const shape = JSON.stringify([data.runs.map((run) => run.name), data.figures.map((one) => [one.key, one.lines.length, constant(data, one) === null])]);
     if (page && page.root === root && page.shape === shape) {
       page.data = data;
       fill(page);
@@ -79,8 +79,15 @@
         const open = element("button", { class: "icon", type: "button", onclick: () => { open.remove(); add(); } }, `Show ${plural(mine.length, "plot")}`);
         found.push({ key, title, box: section(key, title, open, plots) });
       } else {
-        add();
-        found.push({ key, title, box: section(key, title, ...(title.startsWith("Speed") ? [page.parts.time] : []), plots) });
+        const still = mine.filter((figure) => constant(data, figure) !== null);
+        plots.append(...mine.filter((figure) => !still.includes(figure)).map((figure) => charts.card(figure)));
+        const chips = element("div", { class: "still" }, ...still.map((figure) => {
+          const chip = element("button", { type: "button", title: `${figure.help} Press to draw it.`,
+            onclick: () => { plots.append(charts.card(figure)); chip.remove(); } }, figure.title, element("b", {}, constant(data, figure)));
+          chip.id = `plot-${figure.key}`;
+          return chip;
+        }));
+        found.push({ key, title, box: section(key, title, ...(title.startsWith("Speed") ? [page.parts.time] : []), plots, still.length ? chips : null) });
       }
     }
     if (data.runs.some((run) => run.samples.length)) found.push({ key: "samples", title: "Samples", box: section("samples", "Samples", page.parts.samples) });
@@ -88,6 +95,21 @@
     if (data.runs.some((run) => run.lineage)) found.push({ key: "lineage", title: "Lineage", box: section("lineage", "Lineage", page.parts.lineage) });
     found.push({ key: "config", title: "Config", box: section("config", "Config", page.parts.config) });
     return found;
+  }
+
+  // What a plot would show that never moves: its values; null where it does.
+  function constant(data, figure) {
+    const found = [];
+    for (const run of data.runs) {
+      for (const line of figure.lines) {
+        const curve = run.metrics.of[line.metric];
+        if (!curve) continue;
+        const there = [...curve.y, ...(curve.lo || []), ...(curve.hi || [])].filter((value) => value !== null);
+        if (curve.y.length < 4 || there.some((value) => Math.abs(value - there[0]) > 1e-6 * Math.abs(there[0]))) return null;
+        found.push(number(there[0]));
+      }
+    }
+    return [...new Set(found)].slice(0, 3).join(", ");
   }
 
   // -- Controls -------------------------------------------------------------------------------------------------
@@ -224,8 +246,9 @@
     while (rest) {
       const found = known.map((name) => [rest.indexOf(name), name]).filter(([at]) => at >= 0).sort((a, b) => a[0] - b[0] || b[1].length - a[1].length)[0];
       if (!found) { parts.push(rest); break; }
-      parts.push(rest.slice(0, found[0]), element("code", {}, found[1]));
-      rest = rest.slice(found[0] + found[1].length);
+      const behind = rest.slice(found[0] + found[1].length), value = /^=[\w.+-]*\w/.exec(behind);
+      parts.push(rest.slice(0, found[0]), element("code", {}, found[1] + (value ? value[0] : "")));
+      rest = behind.slice(value ? value[0].length : 0);
     }
     return parts;
   }
@@ -266,7 +289,7 @@
     const all = data.runs.flatMap((run) => run.samples.map((sample) => ({ ...sample, run })));
     const list = element("div", { class: "samples" });
     const kinds = [...new Set(all.map((one) => one.kind).filter(Boolean))];
-    const state = { kind: "all", order: "newest", text: "" };
+    const state = { kind: "all", order: "newest", text: "", shown: 9 };
     const draw = () => {
       const wanted = state.text.toLowerCase();
       const found = all.filter((one) => (state.kind === "all" || one.kind === state.kind)
@@ -276,13 +299,16 @@
       else found.sort((a, b) => (state.order === "best" ? reward(b) - reward(a) : reward(a) - reward(b)) || b.step - a.step);
       const rewards = all.map((one) => one.reward).filter((value) => value !== null);
       const high = Math.max(...rewards), low = Math.min(...rewards);
-      list.replaceChildren(...found.slice(0, 40).map((one) => element("article", { class: "card sample" },
+      list.replaceChildren(...found.slice(0, state.shown).map((one) => element("article", { class: "card sample" },
         element("header", {}, element("span", { class: `reward ${one.reward === null || high === low ? "" : one.reward === high ? "high" : one.reward === low ? "low" : ""}` }, `reward ${number(one.reward)}`),
-          `step ${number(one.step)}`, one.kind, one.tokens === null ? null : plural(one.tokens, "token"), one.truncated ? "truncated" : null, one.error || null,
-          data.runs.length > 1 ? one.run.label : null),
+          [data.runs.length > 1 ? one.run.label : null, `step ${number(one.step)}`, one.kind, one.tokens === null ? null : plural(one.tokens, "token"),
+            one.truncated ? "truncated" : null, one.error].filter(Boolean).join(" \u00b7 ")),
         element("pre", { class: "question" }, one.question.trim()), element("pre", { class: "answer" }, one.answer.trim() || "(empty)"))),
       found.length ? "" : element("p", { class: "muted" }, "No such answers."));
+      more.hidden = found.length <= state.shown;
+      more.textContent = `Show ${found.length - state.shown} more`;
     };
+    const more = element("button", { class: "icon", type: "button", style: { "margin-top": "12px" }, onclick: () => { state.shown = Infinity; draw(); } });
     const choice = (key, values) => element("div", { class: "choice", role: "group" }, ...values.map((value) => element("button", { type: "button", "aria-pressed": String(state[key] === value), onclick: (event) => {
       state[key] = value;
       for (const one of event.currentTarget.parentNode.children) one.setAttribute("aria-pressed", String(one === event.currentTarget));
@@ -291,7 +317,7 @@
     const search = element("input", { class: "field", type: "search", placeholder: "Search the answers", "aria-label": "Search the answers", oninput: (event) => { state.text = event.currentTarget.value; draw(); } });
     draw();
     return element("div", {}, element("header", { class: "tools", style: { "flex-wrap": "wrap", "margin-bottom": "12px" } }, choice("order", ["newest", "best", "worst"]),
-      kinds.length > 1 ? choice("kind", ["all", ...kinds]) : null, search), list);
+      kinds.length > 1 ? choice("kind", ["all", ...kinds]) : null, search), list, more);
   }
 
   function config(data) {

@@ -139,13 +139,20 @@
           { ...axis, size: (plot, values) => 16 + 6.6 * Math.max(2, ...(values || []).map((one) => (one || "").length)),
             values: (plot, ticks) => ticks.map(tick) },
         ],
+        focus: { alpha: 0.22 },
         cursor: {
+          focus: { prox: 24 },
           // The cursor is shared, the selection is not: each plot would take it for its own.
           sync: { key: this.sync.key, filters: { pub: (type) => type !== "mousedown" && type !== "mouseup" } },
           drag: { x: true, y: false, setScale: false }, points: { size: 6 },
         },
         series: [{}, ...series], bands,
         hooks: {
+          setSeries: [(plot, index, options) => {
+            if (!options || !("focus" in options)) return;
+            card.focus = card.curves.find((one) => index !== null && index > one.column - one.width && index <= one.column) || null;
+            this.say(card, plot.cursor.idx);
+          }],
           setCursor: [(plot) => this.say(card, plot.cursor.idx)],
           setSelect: [(plot) => {
             if (plot.select.width < 8) return;
@@ -176,7 +183,7 @@
       const share = this.chosen.smoothing, tables = [], series = [], bands = [];
       for (const one of curves) {
         const clean = (values) => (log ? values.map((value) => (value > 0 ? value : null)) : values);
-        const table = [one.x], y = clean(one.y);
+        const table = [one.x], y = clean(one.y), before = series.length;
         const points = { show: one.x.length < 40, size: 5, fill: one.colour };
         const base = { stroke: one.colour, dash: one.dash, points: { show: false } };
         if (one.lo && one.hi) {
@@ -192,6 +199,7 @@
         table.push(share > 0 ? smoothed(y, share) : y);
         series.push({ ...base, width: 1.8, points });
         one.column = series.length;
+        one.width = series.length - before;
         tables.push(table);
       }
       return { tables: uPlot.join(tables), series: series.map((one) => ({ ...one, spanGaps: false })), bands };
@@ -206,7 +214,7 @@
         one.y.forEach((value, i) => { below[i] += value || 0; });
         sums.push([...below]);
       });
-      mine.forEach((one, i) => { one.column = mine.length - i; });
+      mine.forEach((one, i) => { one.column = mine.length - i; one.width = 1; });
       const series = mine.map((one) => ({ stroke: one.colour, width: 1, fill: painted(one.colour, 0.55), points: { show: false } }));
       const bands = mine.slice(1).map((one, i) => ({ series: [i + 1, i + 2], fill: painted(mine[mine.length - 1 - i].colour, 0.55) }));
       curves.length = 0;
@@ -218,7 +226,7 @@
     say(card, at) {
       const plot = card.plot, curves = card.curves || [];
       if (!plot) return;
-      const shown = curves.length > 16 ? [] : curves;
+      const shown = curves.length <= 8 ? curves : card.focus ? [card.focus] : [];
       const where = at === null || at === undefined ? null : plot.data[0][at];
       const items = shown.map((one) => {
         const value = where === null ? lastOf(one.y) : nearest(one.x, one.y, where);
@@ -228,7 +236,7 @@
       });
       const place = where === null ? null
         : element("span", {}, this.chosen.x === "time" ? `after ${Nemotron.span(where)}` : `step ${number(Math.round(where))}`);
-      if (!shown.length && !place) items.push(element("span", {}, `${curves.length} curves; colours as in the table of runs`));
+      if (!shown.length && !place) items.push(element("span", {}, `${curves.length} curves, coloured as in the table; point at one`));
       card.legend.replaceChildren(...(place ? [place] : []), ...items);
     }
 
@@ -244,6 +252,7 @@
   function between(low, high, fromZero) {
     if (low === null || high === null) return [0, 1];
     if (fromZero) return [0, high * 1.04 || 1];
+    if (low === 0 && high === 0) return [0, 1];
     const room = (high - low) * 0.06 || Math.abs(high) * 0.1 || 1;
     // An axis that nearly reaches 0 begins there.
     const bottom = low >= 0 && low - room < (high - low) * 0.12 ? Math.min(0, low) - (low === 0 ? room * 0.4 : 0) : low - room;

@@ -23,6 +23,12 @@
       this.drawing = element("div", { class: "parallel" });
       this.box = element("div", { class: "card runs" }, this.drawing, this.table);
       this.draw();
+      this.width = 0;
+      new ResizeObserver(() => {
+        if (Math.abs(this.box.clientWidth - this.width) < 2) return;
+        this.width = this.box.clientWidth;
+        this.draw();
+      }).observe(this.box);
     }
 
     update(data) {
@@ -64,6 +70,7 @@
       if (by) runs.sort((a, b) => compare(by.of(a), by.of(b)) * (this.sorted.down ? -1 : 1));
       const best = new Map(columns.filter((one) => one.better).map((one) => {
         const values = runs.map(one.of).filter((value) => value !== null);
+        if (new Set(values).size < 2) return [one.key, null];
         return [one.key, one.better === "high" ? Math.max(...values) : Math.min(...values)];
       }));
       const all = element("input", { type: "checkbox", "aria-label": "Show all runs",
@@ -77,8 +84,8 @@
         tick.checked = shown;
         return element("tr", { class: shown ? null : "off", "data-run": run.index,
           onmouseenter: () => this.heat(run.index, true), onmouseleave: () => this.heat(run.index, false) },
-          element("td", { title: run.name }, tick,
-            element("i", { class: "swatch", style: { color: Nemotron.colour(run.index) } }), run.label),
+          element("td", { title: run.name }, element("label", {}, tick,
+            element("i", { class: "swatch", style: { color: Nemotron.colour(run.index) } }), run.label)),
           element("td", {}, run.state ? element("span", { class: `state ${run.state}` }, run.state) : "\u2013"),
           element("td", { class: "number" }, number(run.last_step)),
           ...columns.map((column) => {
@@ -128,7 +135,7 @@
     }
 
     drawParallel(columns) {
-      const width = Math.max(columns.length * 118, this.box.clientWidth - 14, 560), height = 300, top = 40, bottom = 24, side = 66;
+      const width = Math.max(columns.length * 122, this.box.clientWidth - 14, 360), height = 300, top = 40, bottom = 24, side = 74;
       const gap = (width - 2 * side) / (columns.length - 1);
       const scales = columns.map((column) => scaleOf(this.data.runs.map(column.of), top, height - bottom));
       const root = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": "Parallel coordinates of the runs" });
@@ -149,7 +156,7 @@
       }
       columns.forEach((column, i) => {
         const x = side + i * gap;
-        const title = svg("text", { x, y: 16, "text-anchor": "middle", class: "title" }, column.title);
+        const title = svg("text", { x, y: 16, "text-anchor": "middle", class: "title" }, short(column.title));
         title.append(svg("title", {}, column.key));
         root.append(title, svg("line", { x1: x, x2: x, y1: top, y2: height - bottom }));
         for (const [text, y] of scales[i].marks) root.append(svg("text", { x: x + 6, y: y + 4 }, text));
@@ -195,6 +202,15 @@
     }
   };
 
+  const short = (text) => (text.length <= 18 ? text : `\u2026${text.slice(-17)}`);
+
+  // Of marks that would lie over each other, the first ones.
+  function apart(marks) {
+    const kept = [];
+    for (const mark of marks) if (kept.every((one) => Math.abs(one[1] - mark[1]) > 13)) kept.push(mark);
+    return kept;
+  }
+
   function plain(value) {
     if (value === undefined || value === null) return null;
     return typeof value === "number" ? value : typeof value === "string" ? value : JSON.stringify(value);
@@ -218,7 +234,7 @@
         : high === low ? middle : bottom - ((on(value) - on(low)) / (on(high) - on(low))) * (bottom - top));
       const marks = high === low ? [low] : log ? [low, Math.sqrt(low * high), high] : [low, (low + high) / 2, high];
       const few = [...new Set(there)];
-      return { at, marks: (few.length <= 6 ? few : marks).map((value) => [number(value), at(value)]) };
+      return { at, marks: apart((few.length <= 6 ? [low, high, ...few] : [low, high, ...marks]).map((value) => [number(value), at(value)])) };
     }
     const names = [...new Set(there.map(String))].sort((a, b) => compare(a, b));
     const at = (value) => (value === null ? null
