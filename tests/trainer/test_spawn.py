@@ -334,25 +334,6 @@ def test_what_a_process_started_for_its_save_is_left_alone(spawn):
     assert process.wait(WAIT) == 85
 
 
-@pytest.mark.slow
-def test_a_save_longer_than_30_s_comes_through(spawn):
-    body = """
-        got = []
-        signal.signal(signal.SIGTERM, lambda *_: got.append(1))
-        mark("up")
-        while not got: time.sleep(0.01)
-        end = time.monotonic() + 33
-        while time.monotonic() < end: time.sleep(0.1)
-        mark("saved")
-        sys.exit(85)
-    """
-    process = spawn.start(body, "--procs", 2)
-    spawn.marks("up", 2)
-    process.terminate()
-    assert process.wait(60) == 85
-    spawn.marks("saved", 2)
-
-
 def test_after_shutdown_seconds_it_kills(spawn):
     body = """
         signal.signal(signal.SIGTERM, signal.SIG_IGN)

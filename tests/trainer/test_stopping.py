@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 
 import pytest
 from runs import REPOSITORY, Run, assert_same_tensors, end, tensors, until
@@ -30,6 +31,20 @@ def whole(dpo) -> Run:
     finished = run.go()
     assert finished.code == 0, finished.said
     return run
+
+
+@pytest.fixture(scope="module", autouse=True)
+def long_save(dpo) -> Iterator[tuple[Run, subprocess.Popen[str]]]:
+    """A run that is asked to stop and saves for 31 s, meanwhile: the other tests need not wait for it."""
+    run = dpo(procs=2, checkpointing__save_period=100)
+    patch = AT_STEP_2.format(ask="if RANK == 0: os.kill(os.getppid(), signal.SIGTERM)")
+    patch += """
+    at_call(loop.checkpoint, "save", 1, lambda: time.sleep(31))
+    """
+    process = run.start(patch=patch)
+    yield run, process
+    process.kill()
+    process.communicate()
 
 
 def assert_asked_to_stop(run: Run, finished) -> int:
@@ -90,18 +105,6 @@ def test_the_time_to_save_by_stops_a_run_after_a_step(dpo, tmp_path):
     assert assert_asked_to_stop(run, run.go()) == 2
 
 
-def test_a_save_longer_than_torchrun_would_wait_comes_through(dpo, tmp_path):
-    run = dpo(tmp_path).with_(checkpointing__save_period=100)
-    patch = AT_STEP_2.format(ask="os.kill(os.getppid(), signal.SIGTERM)")
-    patch += """
-    at_call(loop.checkpoint, "save", 1, lambda: time.sleep(31))
-    """
-    finished = run.go(patch=patch)
-    last = assert_asked_to_stop(run, finished)
-    assert float(re.findall(rf"saved step {last} in ([\d.]+) s", finished.said)[0]) >= 31  # torchrun kills after 30
-    assert tensors(run.checkpoints / f"step_{last}")
-
-
 def test_a_second_interrupt_kills_a_save_and_the_run_goes_on_from_the_one_before(dpo, tmp_path):
     run = dpo(tmp_path)
     patch = f"""
@@ -155,3 +158,11 @@ def test_no_process_of_a_run_outlives_a_kill_of_spawn(dpo, tmp_path):
     finished = run.with_(dpo__max_num_steps=run.metrics()[-1]["step"] + 2).go()  # and nobody holds the folder
     assert finished.code == 0, finished.said
     assert "resumed from" in finished.said
+
+
+def test_a_save_longer_than_torchrun_would_wait_comes_through_on_every_rank(long_save):
+    run, process = long_save
+    finished = end(process)
+    last = assert_asked_to_stop(run, finished)
+    assert float(re.findall(rf"saved step {last} in ([\d.]+) s", finished.said)[0]) >= 31  # torchrun kills after 30
+    assert tensors(run.checkpoints / f"step_{last}")
