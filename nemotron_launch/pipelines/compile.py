@@ -96,7 +96,7 @@ def check_inputs_of(planned: Planned) -> None:
     try:
         check_inputs(compiled.step, compiled.composed, made=planned.binds)
     except UserError as error:
-        own = "\n".join(filter(None, [error.hint, "or take it from a stage:  inputs: {…: STAGE}"]))
+        own = "\n".join(filter(None, [error.hint, "or let an earlier stage make it:  inputs: {…: STAGE}"]))
         raise told(planned.stage, UserError(error.message, where=error.where, hint=own)) from None
 
 
