@@ -254,7 +254,10 @@ def resolve_checkpoint(path: Path, *, where: str | None = None) -> Path:
                 return complete
         if newest := _newest_weights(path):
             return newest
-    raise UserError(f"{path} is not a checkpoint: {_what_is(path)}", where=where, hint=_EXPECTED)
+    hint = _EXPECTED
+    if (path / "config.json").is_file():
+        hint = f"convert it:  nemotron steps run convert/hf_to_megatron hf_path={path}"
+    raise UserError(f"{path} is not a checkpoint: {_what_is(path)}", where=where, hint=hint)
 
 
 def newest_complete(folder: Path) -> Path | None:
@@ -269,6 +272,8 @@ def weights_dir(checkpoint: Path) -> Path:
         return checkpoint
     weights = _newest_weights(checkpoint / WEIGHTS.parent)
     if weights is None:
+        if (checkpoint / "hf" / "config.json").is_file():
+            raise UserError(f"{checkpoint} has no Megatron weights: its model is {checkpoint / 'hf'}, for transformers")
         raise UserError(f"{checkpoint} has no weights", hint=f"{checkpoint / WEIGHTS} is missing or has no metadata")
     return weights
 
@@ -305,7 +310,7 @@ def _what_is(path: Path) -> str:
     if unfinished:
         return f"it has unfinished ones only ({', '.join(unfinished[:5])})"
     if "config.json" in names:
-        return "it is a Hugging Face model (name it in policy.model_name)"
+        return "it is a Hugging Face model"
     return f"it has {', '.join(names[:5])}{', …' if len(names) > 5 else ''}"
 
 

@@ -61,18 +61,21 @@ RECORD = "conversion.json"  # beside the weights of a converted folder: from wha
 
 def hf_to_megatron(step_dir: Path, argv: list[str] | None = None) -> int:
     """Entry point of convert/hf_to_megatron; returns an exit code of `exit_codes`."""
-    return run_process(step_dir, lambda config: _hf_to_megatron(config, step_dir), argv)
+    _leave_on_signals()
+    return run_process(step_dir, lambda config: to_megatron(config, step_dir), argv)
 
 
 def megatron_to_hf(step_dir: Path, argv: list[str] | None = None) -> int:
     """Entry point of convert/megatron_to_hf; returns an exit code of `exit_codes`."""
-    return run_process(step_dir, lambda config: _megatron_to_hf(config, step_dir), argv)
+    _leave_on_signals()
+    return run_process(step_dir, lambda config: to_hf(config, step_dir), argv)
 
 
 # From Hugging Face -------------------------------------------------------------------------------------------------
 
 
-def _hf_to_megatron(config: Config, step_dir: Path) -> int:
+def to_megatron(config: Config, step_dir: Path) -> int:
+    """Convert as the composed config of convert/hf_to_megatron says; all processes call it."""
     layout = _start(config, "convert/hf_to_megatron")
     named, target = config["hf_path"], Path(config["megatron_path"])
     folder = Path(on_rank_0(lambda: str(model_folder(named, step_dir=step_dir, where="hf_path").absolute())))
@@ -161,7 +164,8 @@ def _carry(config: Config, folder: Path, temporary: Path, a: Architecture) -> tu
 # To Hugging Face ---------------------------------------------------------------------------------------------------
 
 
-def _megatron_to_hf(config: Config, step_dir: Path) -> int:
+def to_hf(config: Config, step_dir: Path) -> int:
+    """Convert as the composed config of convert/megatron_to_hf says; all processes call it."""
     layout = _start(config, "convert/megatron_to_hf")
     target = Path(config["hf_path"])
 
@@ -273,9 +277,7 @@ def _config(
 
 
 def _start(config: Config, step: str) -> Layout:
-    """The processes as a layout; signals end the conversion, which leaves nothing behind."""
-    signal.signal(signal.SIGTERM, _leave)
-    signal.signal(signal.SIGUSR1, _leave)
+    """The processes as a layout."""
     doctor.require()
     if config["device"] == "cuda":
         doctor.require("gpu")
@@ -294,8 +296,14 @@ def _start(config: Config, step: str) -> Layout:
     return layout
 
 
-def _leave(_signal: int, _frame: FrameType | None) -> None:
-    sys.exit(exit_codes.RESUME_ME)
+def _leave_on_signals() -> None:
+    """A conversion that is asked to stop leaves nothing behind, and is to be started again."""
+
+    def leave(_signal: int, _frame: FrameType | None) -> None:
+        sys.exit(exit_codes.RESUME_ME)
+
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, leave)
 
 
 def _by_bridge(what: str, where: str, convert: Callable[[Any], None]) -> int:

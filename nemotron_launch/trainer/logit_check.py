@@ -120,7 +120,9 @@ def _round(model: torch.nn.Module, dtype: torch.dtype | None) -> None:
 def _transformers_logits(folder: Path, ids: np.ndarray, rounded: torch.dtype | None) -> Tensor:
     """[S-1, V], fp32, on CPU."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as says
 
+    says.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
     except (OSError, ValueError, RuntimeError) as error:

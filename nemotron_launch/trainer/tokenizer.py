@@ -100,6 +100,10 @@ class Tokenizer:
         """Write the tokenizer, its template and its stop ids into `folder`, as AutoTokenizer and engines want them."""
         folder.mkdir(parents=True, exist_ok=True)
         self.hf.save_pretrained(folder)
+        config = folder / "tokenizer_config.json"
+        text = config.read_text(encoding="utf-8")
+        # transformers 5's name of PreTrainedTokenizerFast; it knows both, transformers 4, as in many engines, one.
+        config.write_text(text.replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"'), encoding="utf-8")
         stops = {"bos_token_id": self.bos_id, "eos_token_id": list(self.stop_ids), "pad_token_id": self.pad_id}
         (folder / "generation_config.json").write_text(json.dumps(stops, indent=2) + "\n", encoding="utf-8")
 

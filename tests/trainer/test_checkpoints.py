@@ -213,7 +213,7 @@ def test_an_older_step_can_be_named(tmp_path):
         (lambda folder: (folder / "a").write_text(""), "a", "it is a file"),
         (lambda folder: (folder / "tmp_step_5").mkdir(), "", "unfinished ones only (tmp_step_5)"),
         (lambda folder: (folder / "step_5" / "policy").mkdir(parents=True), "step_5", "not written to the end"),
-        (lambda folder: (folder / "config.json").write_text("{}"), "", "Hugging Face model (name it in policy.model"),
+        (lambda folder: (folder / "config.json").write_text("{}"), "", "Hugging Face model"),
         (lambda folder: (folder / "notes.txt").write_text(""), "", "it has notes.txt"),
     ],
 )
