@@ -99,7 +99,7 @@ def run_data(
         "name": one.name,
         **_row(one, config),
         "last_step": metrics.last_step,
-        "total_steps": _total_steps(config),
+        "total_steps": total_steps(config),
         "updated": _last(metrics.times),
         "config": flat_config(config),
         "metrics": curves(metrics, points),
@@ -142,7 +142,8 @@ def _row(one: RunFiles, config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _total_steps(config: Mapping[str, Any]) -> int | None:
+def total_steps(config: Mapping[str, Any]) -> int | None:
+    """How many steps a run is meant to make at most, as its config says."""
     for section in config.values():
         if isinstance(section, Mapping) and isinstance(section.get("max_num_steps"), int):
             return int(section["max_num_steps"])
