@@ -21,7 +21,7 @@ from nemotron_launch.trainer.paths import is_hub_id, resolve_path
 if TYPE_CHECKING:
     from nemotron_launch.profiles import Profile
 
-_DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
+_DATA_SUFFIXES = (".jsonl", ".zst", ".json", ".csv", ".parquet", ".arrow")
 
 
 @frozen

@@ -17,7 +17,7 @@ ENVIRONMENTS = (
     *("math", "exact", "regex", "json_schema", "multiple_choice", "code", "tool_call", "instruction_following"),
     *("reasoning_gym", "nemo_gym", "reward_model", "judge"),
 )
-_FILES = (".jsonl", ".json", ".csv", ".parquet", ".arrow", ".txt")
+_FILES = (".jsonl", ".zst", ".json", ".csv", ".parquet", ".arrow", ".txt")
 
 
 def check_rewards(data: dict[str, Any]) -> Iterator[Problem]:
