@@ -138,7 +138,7 @@ _FIGURES: tuple[tuple[str, str, str, str, str, tuple[tuple[str, str], ...]], ...
     ("step-time", SPEED, "Time of a step", "seconds", "Without validation and checkpoints.",
      (("timing/train/total_step_time", "step"),)),
     ("memory", SPEED, "Memory", "GiB", "The most that rank 0 has held so far: on its GPU, and as a process.",
-     (("train/gpu_memory_gib", "GPU"), ("train/host_memory_gib", "process"))),
+     (("train/gpu_memory_gib", "GPU"), ("memory/process_peak_gib", "process"))),
 )  # fmt: skip
 _BANDS = {
     "train/reward": ("train/reward_min", "train/reward_max"),

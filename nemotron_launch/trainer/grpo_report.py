@@ -12,6 +12,7 @@ from nemotron_launch.trainer.advantages import group_ids
 from nemotron_launch.trainer.grpo_metrics import length_metrics, reward_metrics
 from nemotron_launch.trainer.grpo_rollouts import Rollouts, score_metrics
 from nemotron_launch.trainer.megatron.parallel import Layout
+from nemotron_launch.trainer.memory import peak_memory
 
 # Metrics that are counts: of several optimizer steps their sum.
 COUNTS = ("num_valid_samples",)
@@ -40,19 +41,17 @@ def described(rollouts: Rollouts, shaped_B: Tensor, sample_mask_B: Tensor) -> di
 def timing(
     seconds: Mapping[str, float], *, tokens: float, sampled: float, valid: float, layout: Layout
 ) -> dict[str, float]:
-    """Seconds by what took them, and tokens a second.
+    """Seconds by what took them, tokens a second, and memory.
 
     tokens: prompts and answers that are trained on; sampled: answers, also those left out; valid: those in the loss.
     """
     processes, total = layout.data * layout.tensor * layout.pipeline, seconds["total_step_time"]
-    line = {f"timing/train/{name}": value for name, value in seconds.items()} | {
+    return {f"timing/train/{name}": value for name, value in seconds.items()} | {
         "timing/train/tokens_per_sec": tokens / total,
         "timing/train/generation_tokens_per_sec": sampled / max(seconds["generation"], 1e-9),
         "timing/train/valid_tokens_per_sec_per_gpu": valid / total / processes,
+        **peak_memory(layout.device),
     }
-    if layout.device.type == "cuda":
-        line["train/gpu_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    return line
 
 
 def together(results: Sequence[Mapping[str, float]]) -> dict[str, float]:

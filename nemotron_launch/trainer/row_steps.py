@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 
 from nemotron_launch.trainer.data.order import next_position
 from nemotron_launch.trainer.loop import Progress, Run, Step, Trained, batch_at
+from nemotron_launch.trainer.memory import peak_memory
 from nemotron_launch.trainer.policy import LossFunction, Policy
 
 
@@ -54,11 +54,9 @@ def row_step(task: RowTask, run: Run, progress: Progress) -> Step:
 
 def _timing(batch: Mapping[str, float], elapsed: float, policy: Policy | Trained) -> dict[str, float]:
     processes = policy.layout.data * policy.layout.tensor * policy.layout.pipeline
-    timing = {
+    return {
         "timing/train/total_step_time": elapsed,
         "timing/train/tokens_per_sec": batch["tokens"] / elapsed,
         "timing/train/valid_tokens_per_sec_per_gpu": batch["global_valid_toks"] / elapsed / processes,
+        **peak_memory(policy.layout.device),
     }
-    if policy.layout.device.type == "cuda":
-        timing["train/gpu_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    return timing
