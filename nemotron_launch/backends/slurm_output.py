@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import datetime
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from nemotron_launch.frozen import field, frozen
 
@@ -20,6 +20,18 @@ SQUEUE = (
 SQUEUE_FORMAT = ",".join(f"{name}:{width}" for name, width in SQUEUE)
 
 SACCT_FORMAT = "JobID,State,ExitCode,Start,End,Submit,NodeList,Reason,JobName,Comment"  # Restarts came with 23.11
+
+# What they call a job's state, restarts, exit code, start, end, submission, name, reason, nodes and comment.
+_SQUEUE_CALLS = (
+    "State", "RestartCnt", "exit_code", "StartTime", "EndTime", "SubmitTime", "Name", "Reason", "NodeList", "Comment",
+)  # fmt: skip
+_SCONTROL_CALLS = (
+    "JobState", "Restarts", "ExitCode", "StartTime", "EndTime", "SubmitTime", "JobName", "Reason", "NodeList",
+    "Comment",
+)  # fmt: skip
+_SACCT_CALLS = (
+    "State", "Restarts", "ExitCode", "Start", "End", "Submit", "JobName", "Reason", "NodeList", "Comment",
+)  # fmt: skip
 
 _WAITS = {
     "PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD",
@@ -130,26 +142,7 @@ def squeue(text: str) -> list[Record]:
             values[name], raw = raw[:width].decode("utf-8", "replace").strip(), raw[width:]
         if not re.fullmatch(r"\d+(_(\d+|\[.*\]))?(\+\d+)?", values["JobArrayID"]) or not values["State"]:
             continue  # a banner, or the "CLUSTER: name" of a federation
-        code, signal = _exit_code(values["exit_code"])
-        state, by = _state(values["State"])
-        records += [
-            Record(
-                job_id,
-                state,
-                by,
-                _count(values["RestartCnt"]),
-                code,
-                signal,
-                _time(values["StartTime"]),
-                _time(values["EndTime"]),
-                _time(values["SubmitTime"]),
-                values["Name"],
-                _none(values["Reason"]),
-                tuple(nodes(values["NodeList"])),
-                _none(values["Comment"]),
-            )
-            for job_id in job_ids(values["JobArrayID"])
-        ]
+        records += _records(job_ids(values["JobArrayID"]), values, _SQUEUE_CALLS)
     return records
 
 
@@ -165,26 +158,11 @@ def scontrol(text: str) -> list[Record]:
         job_id = values["JobId"].partition(" ")[0]
         if "ArrayJobId" in values and "ArrayTaskId" in values:
             job_id = f"{values['ArrayJobId']}_{values['ArrayTaskId']}"
-        code, signal = _exit_code(values.get("ExitCode", ""))
-        state, by = _state(values.get("JobState", ""))
-        records += [
-            Record(
-                each,
-                state,
-                by,
-                _count(values.get("Restarts", "")),
-                code,
-                signal,
-                _time(values.get("StartTime", "")),
-                _time(values.get("EndTime", "")),
-                _time(values.get("SubmitTime", "")),
-                values.get("JobName", ""),
-                _none(values.get("Reason", "").partition(" ")[0]),
-                tuple(nodes(values.get("NodeList", ""))),
-                _none(comment.group(1).strip() if comment else values.get("Comment", "")),
-            )
-            for each in job_ids(job_id if "[" in job_id or "_" not in job_id else _bracketed(job_id))
-        ]
+        values["Reason"] = values.get("Reason", "").partition(" ")[0]
+        if comment:
+            values["Comment"] = comment.group(1).strip()
+        several = job_id if "[" in job_id or "_" not in job_id else _bracketed(job_id)
+        records += _records(job_ids(several), values, _SCONTROL_CALLS)
     return records
 
 
@@ -200,27 +178,36 @@ def sacct(text: str) -> list[Record]:
         # Steps (123.batch) belong to their job; of a job that was requeued the last row counts.
         if not re.fullmatch(r"\d+(_(\d+|\[.*\]))?(\+\d+)?", row[0]) or not values.get("State"):
             continue
-        code, signal = _exit_code(values.get("ExitCode", ""))
-        state, by = _state(values["State"])
-        records += [
-            Record(
-                job_id,
-                state,
-                by,
-                _count(values.get("Restarts", "")),
-                code,
-                signal,
-                _time(values.get("Start", "")),
-                _time(values.get("End", "")),
-                _time(values.get("Submit", "")),
-                values.get("JobName", ""),
-                _none(values.get("Reason", "")),
-                tuple(nodes(values.get("NodeList", ""))),
-                "|".join([values.get("Comment", ""), *row[len(names) :]]).rstrip("|"),
-            )
-            for job_id in job_ids(row[0])
-        ]
+        values["Comment"] = "|".join([values.get("Comment", ""), *row[len(names) :]]).rstrip("|")
+        records += _records(job_ids(row[0]), values, _SACCT_CALLS)
     return records
+
+
+def _records(ids: Iterable[str], values: Mapping[str, str], calls: Sequence[str]) -> list[Record]:
+    """A record for each of the jobs that a line tells of. calls: what the command calls its parts."""
+    state, restarts, exit_code, started, ended, submitted, name, reason, where, comment = (
+        values.get(each, "") for each in calls
+    )
+    code, signal = _exit_code(exit_code)
+    full, by = _state(state)
+    return [
+        Record(
+            job_id,
+            full,
+            by,
+            _count(restarts),
+            code,
+            signal,
+            _time(started),
+            _time(ended),
+            _time(submitted),
+            name,
+            _none(reason),
+            tuple(nodes(where)),
+            _none(comment),
+        )
+        for job_id in ids
+    ]
 
 
 def folders(text: str) -> dict[str, Folder]:
