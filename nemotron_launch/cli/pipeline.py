@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from nemotron_launch.cli.jobs import opened, warn
 from nemotron_launch.cli.main import LazyGroup
 from nemotron_launch.cli.steps import PROFILES, RunCommand, complete
 from nemotron_launch.errors import UserError
@@ -117,7 +116,8 @@ def run(
         chosen &= loaded.before([last]) if last else chosen
         show(loaded, [one for one in planned if one.name in chosen], output)
         return
-    from nemotron_launch.cli.pipeline_view import Terminal
+    from nemotron_launch.cli.jobs import opened, warn
+    from nemotron_launch.cli.pipeline_terminal import Terminal
     from nemotron_launch.pipelines.run import run_pipeline
 
     with opened() as (ledger, backends):
@@ -179,7 +179,8 @@ def status(file: str, words: tuple[str, ...], profile: str | None, profiles: Pat
 
     Takes the overrides that it was run with: with others, configs have changed.
     """
-    from nemotron_launch.cli import pipeline_view
+    from nemotron_launch.cli import pipeline_terminal
+    from nemotron_launch.cli.jobs import opened, warn
     from nemotron_launch.pipelines.compile import compile_pipeline
     from nemotron_launch.pipelines.standing import standings
 
@@ -189,9 +190,9 @@ def status(file: str, words: tuple[str, ...], profile: str | None, profiles: Pat
         planned = compile_pipeline(loaded, profile=where, profiles_path=profiles, words=left)
         found = list(standings(loaded, planned, ledger, backends, warn, asked=True).values())
     if as_json:
-        click.echo(json.dumps([pipeline_view.as_data(one) for one in found], indent=2, ensure_ascii=False))
+        click.echo(json.dumps([pipeline_terminal.as_data(one) for one in found], indent=2, ensure_ascii=False))
     else:
-        pipeline_view.print_standings(found)
+        pipeline_terminal.print_standings(found)
 
 
 def _last_profile(ledger: Ledger, loaded: Pipeline) -> str | None:
