@@ -218,8 +218,8 @@ def select(
     steps = list(steps)
     used = {port.type for step in steps for port in (*step.consumes, *step.produces)}
     for given in (consumes, produces):
-        if given is not None and given not in types and given not in used:
-            raise UserError(f"there is no artifact type {given}", hint=_similar(given, [*types, *used], "types"))
+        if given is not None:
+            known_type(given, [*types, *used])
     for given, name, choices in (
         (category, "category", sorted({step.category for step in steps})),
         (tag, "tag", sorted({tag for step in steps for tag in step.tags})),
@@ -236,6 +236,12 @@ def select(
         )
 
     return [step for step in steps if fits(step)]
+
+
+def known_type(name: str, types: Iterable[str]) -> None:
+    """UserError with suggestions where there is no artifact type of this name."""
+    if name not in types:
+        raise UserError(f"there is no artifact type {name}", hint=_similar(name, types, "types"))
 
 
 def is_a(types: dict[str, ArtifactType], special: str, general: str) -> bool:

@@ -89,10 +89,10 @@ def of_run(ledger: Ledger, run_id: str) -> Entry | None:
     return next((_read(*row) for row in ledger.query(query, [run_id])), None)
 
 
-def runs_of(ledger: Ledger) -> dict[str, tuple[str, int]]:
-    """Of each run that has made something, the name and version."""
+def labels(ledger: Ledger) -> dict[str, str]:
+    """Of each run that has made something, NAME@VERSION."""
     rows = ledger.query("SELECT run_id, name, version FROM registered WHERE name != ''")
-    return {run_id: (name, version) for run_id, name, version in rows}
+    return {run_id: f"{name}@{version}" for run_id, name, version in rows}
 
 
 def find(ledger: Ledger, text: str) -> Entry:
@@ -116,6 +116,43 @@ def find(ledger: Ledger, text: str) -> Entry:
             return one
     known = ", ".join(str(one.version) for one in sorted(versions, key=lambda one: one.version)[-10:])
     raise UserError(f"{name} has no version {version}", hint=f"there are: {known}")
+
+
+def find_any(ledger: Ledger, text: str) -> Entry:
+    """The entry that a person means: NAME@VERSION, NAME, or a run's id, the unique start of one, or `last`.
+
+    UserError: there is none, or the run has made nothing.
+    """
+    if "@" in text or ledger.query("SELECT 1 FROM artifacts WHERE name = ? LIMIT 1", [text]):
+        return find(ledger, text)
+    if by_run := ledger.query("SELECT name, version FROM artifacts WHERE run_id = ?", [text]):
+        return find(ledger, "@".join(map(str, by_run[0])))
+    runs = ledger.find(text)
+    if len(runs) > 1:
+        hint = f"a point of it is, for example, {runs[0].run_id}"
+        raise UserError(f"{runs[0].sweep} is a sweep of {len(runs)} points", hint=hint)
+    run = runs[0]
+    if found := of_run(ledger, run.run_id):
+        return found
+    why = "left no record of what it made" if run.state == "finished" else f"is {run.state}: it has made nothing yet"
+    raise UserError(f"{run.run_id} {why}", hint=f"nemotron jobs status {run.run_id}")
+
+
+def as_data(one: Entry) -> dict[str, Any]:
+    """All of an entry, for `--json`."""
+    return {
+        "artifacts": [
+            {**vars(made), "tokens": vars(made.tokens) if made.tokens else None, "place": made.place}
+            for made in one.record.artifacts
+        ],
+        "inputs": [dict(vars(used)) for used in one.record.inputs],
+        "uses": [dict(use) for use in one.uses],
+        "config_sha256": one.record.config_sha256,
+        "code": {**one.record.code, **one.code},
+        "metrics": dict(one.record.metrics),
+        "digest": one.record.digest,
+        "folder": one.record.folder,
+    }
 
 
 # Registering -------------------------------------------------------------------------------------------------------

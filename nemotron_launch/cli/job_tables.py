@@ -36,7 +36,7 @@ def print_list(found: Sequence[Known]) -> None:
         cells = (
             run.run_id,
             run.state,
-            _span(time.time() - began),
+            span(time.time() - began),
             _lasted(run),
             run.profile or "-",
             run.job_id or "-",
@@ -46,8 +46,8 @@ def print_list(found: Sequence[Known]) -> None:
     print_table(("RUN", "STATE", "AGE", "TOOK", "PROFILE", "JOB", "STEP"), rows, whole=4)
 
 
-def print_run(known: Known, progress: Progress | None) -> None:
-    """All that is known of one run."""
+def print_run(known: Known, progress: Progress | None, made: Sequence[tuple[str, str, str]] = ()) -> None:
+    """All that is known of one run. made: label, type and path of its artifacts."""
     run, seen = known.run, known.seen
     where = {"local": f"this machine ({run.host}), process {run.job_id}"}.get(
         run.executor, f"{run.executor}{f' on {run.host}' if run.host else ''}, job {run.job_id or 'none yet'}"
@@ -73,6 +73,8 @@ def print_run(known: Known, progress: Progress | None) -> None:
         if progress.checkpoint is not None:
             facts.append(("checkpoint", f"{run.checkpoints}/step_{progress.checkpoint}"))
     print_facts([(name, value if name == "state" else plain(value)) for name, value in facts])
+    if made:
+        print_section("artifacts", (plain("  ".join(one)) for one in made))
     if progress and progress.attempts:
         print_section("attempts", (_attempt(run, progress, n) for n in range(len(progress.attempts))))
     if run.state in _RESUMABLE:
@@ -95,13 +97,17 @@ def print_points(found: Sequence[Known], progress: Mapping[str, Progress]) -> No
     click.echo(", ".join(f"{count} {state}" for state, count in counts.items()), err=True)
 
 
-def as_data(known: Known, progress: Progress | None = None) -> dict[str, Any]:
-    """A run for `--json`: its row, what was seen, how far it is."""
+def as_data(
+    known: Known, progress: Progress | None = None, made: Sequence[tuple[str, str, str]] = ()
+) -> dict[str, Any]:
+    """A run for `--json`: its row, what was seen, how far it is, what it made."""
     run, seen = known.run, known.seen
     data: dict[str, Any] = {key: value for key, value in vars(run).items() if key not in _HIDDEN}
     data["secrets"] = sorted(run.secrets)
     if seen:
         data |= {"nodes_at_work": list(seen.nodes), "expected_start": seen.expected_start}
+    if made:
+        data["artifacts"] = [dict(zip(("name", "type", "path"), one, strict=True)) for one in made]
     if progress:
         data |= {"metrics": dict(progress.metrics), "last_checkpoint": progress.checkpoint}
         data["attempts"] = [{**vars(attempt), "nodes": dict(attempt.nodes)} for attempt in progress.attempts]
@@ -121,7 +127,7 @@ def state_line(run: Run) -> str:
     if run.attempt:
         text += f", restarted {run.attempt} {'time' if run.attempt == 1 else 'times'}"
     since = run.started if run.state == "running" else run.submitted if run.state == "pending" else None
-    return text + (f", for {_span(time.time() - since)}" if since else "")
+    return text + (f", for {span(time.time() - since)}" if since else "")
 
 
 def progress_line(progress: Progress) -> str:
@@ -163,16 +169,16 @@ def _when(moment: float | None) -> str:
 
 
 def _ago(moment: float | None) -> str:
-    return "-" if moment is None else f"{_span(time.time() - moment)} ago"
+    return "-" if moment is None else f"{span(time.time() - moment)} ago"
 
 
 def _lasted(run: Run) -> str:
     if run.started is None:
         return "-"
-    return _span((run.ended or time.time()) - run.started)
+    return span((run.ended or time.time()) - run.started)
 
 
-def _span(seconds: float) -> str:
+def span(seconds: float) -> str:
     """90 → 1m30s: two units at most."""
     left = max(0, int(seconds))
     parts: list[str] = []

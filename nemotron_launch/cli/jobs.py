@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
     from nemotron_launch.jobs.run import Run
+    from nemotron_launch.jobs.status import Known
 
 jobs = LazyGroup(
     "jobs",
@@ -29,6 +30,7 @@ jobs = LazyGroup(
         "status": ("nemotron_launch.cli.jobs:status", "Show how a run is, and how far."),
         "logs": ("nemotron_launch.cli.jobs:logs", "Print the logs of a run."),
         "attach": ("nemotron_launch.cli.jobs:attach", "Follow a run to its end, with its exit code."),
+        "watch": ("nemotron_launch.cli.watch:watch", "Watch runs live: progress, curves, warnings, logs."),
         "wait": ("nemotron_launch.cli.jobs:wait", "Wait until runs are over."),
         "cancel": ("nemotron_launch.cli.jobs:cancel", "End runs."),
         "report": ("nemotron_launch.cli.report:report", "Write a page about runs: plots, warnings, config, samples."),
@@ -101,13 +103,29 @@ def status(name: str, as_json: bool) -> None:
     with opened() as (ledger, backends):
         found = refresh(ledger, backends, ledger.find(name), warn)
         progress = progress_of(backends, [one.run for one in found], warn)
+        made = _made(ledger, backends, found)
     if as_json:
-        data = [job_tables.as_data(one, progress.get(one.run.run_id)) for one in found]
+        data = [job_tables.as_data(one, progress.get(one.run.run_id), made.get(one.run.run_id, ())) for one in found]
         _print_json(data if found[0].run.sweep and len(found) > 1 else data[0])
     elif len(found) > 1:
         job_tables.print_points(found, progress)
     else:
-        job_tables.print_run(found[0], progress.get(found[0].run.run_id))
+        job_tables.print_run(found[0], progress.get(found[0].run.run_id), made.get(found[0].run.run_id, ()))
+
+
+def _made(ledger: Ledger, backends: Backends, found: Sequence[Known]) -> dict[str, Sequence[tuple[str, str, str]]]:
+    """What finished runs made: label, type and path of each artifact, by run id."""
+    finished = [one.run for one in found if one.run.state == "finished"]
+    if not finished:
+        return {}
+    from nemotron_launch.artifacts import registry
+
+    registry.register_finished(ledger, backends, warn, finished)
+    entries = {run.run_id: entry for run in finished if (entry := registry.of_run(ledger, run.run_id))}
+    return {
+        run_id: [(entry.label, made.type, made.place) for made in entry.record.artifacts]
+        for run_id, entry in entries.items()
+    }
 
 
 @click.command()

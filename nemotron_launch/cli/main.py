@@ -72,6 +72,7 @@ nemotron = LazyGroup(
         "steps": ("nemotron_launch.cli.steps:steps", "List, show and run steps."),
         "jobs": ("nemotron_launch.cli.jobs:jobs", "List, follow, cancel and resubmit runs."),
         "pipeline": ("nemotron_launch.cli.pipeline:pipeline", "Run several steps as one, each on what others made."),
+        "artifacts": ("nemotron_launch.cli.artifacts:artifacts", "List and show what runs made, and of what."),
         "profiles": ("nemotron_launch.cli.profiles:profiles", "List, show, check and write profiles."),
         "ui": ("nemotron_launch.cli.ui:ui", "Show the runs in a browser: their list, plots, logs and reports."),
         "images": ("nemotron_launch.cli.images:images", "List, import and remove container images of a Slurm profile."),

@@ -30,6 +30,7 @@ steps = LazyGroup(
         "show": ("nemotron_launch.cli.steps:show", "Show all that a step's manifest says."),
         "run": ("nemotron_launch.cli.steps:run", "Run a step with a config, a profile and overrides."),
         "probe": ("nemotron_launch.cli.probe:probe", "Score rollouts of a step's policy, without training."),
+        "graph": ("nemotron_launch.cli.artifacts:graph", "Show which step feeds which."),
         "check": ("nemotron_launch.cli.check:check", "Compile every step, config and profile, and compare."),
         "diff": ("nemotron_launch.cli.check:diff", "Show how two compiled jobs differ."),
     },

@@ -25,9 +25,9 @@ class Run:
     of each, so that a resubmission can write them again. sweep, point: the run that this one is a point of, and its
     number. job_id: Slurm's (with its cluster behind it in `cluster`), Lepton's, or the supervisor's process id here.
     checkpoints: the folder of its step_N folders, if it makes any. pipeline, stage: the file of the pipeline that it is
-    a stage of, and the stage's name. attempt: restarts seen so far. reason: why it waits,
-    or how it ended, in the executor's words or ours. artifact: the name that its artifacts get. uses: artifacts that
-    its config names (`job.Use` as data). code: the bundle and the git revision that it was submitted with.
+    a stage of, and the stage's name. artifact: the name that its artifacts get. uses: what it consumes, each as a
+    `job.Use`; of plain paths key, type, text and place alone. code: bundle and git revision it was submitted with.
+    attempt: restarts seen so far. reason: why it waits, or how it ended, in the executor's words or ours.
     """
 
     run_id: str

@@ -72,7 +72,7 @@ def new_run(job: Job, overrides: Sequence[str] = (), *, after: Sequence[Run] = (
         max_restarts=job.restart.max_restarts,
         after=tuple(run.run_id for run in after),
         artifact=job.artifact,
-        uses=tuple(dict(vars(use)) for use in job.uses),
+        uses=_uses(job, workdir),
         code=_code(job),
         submitter=identity(),
     )
@@ -91,7 +91,7 @@ def point_of(sweep: Run, point: int, job: Job, config: str, overrides: Sequence[
         config_sha256=_hash(config),
         overrides=tuple(overrides),
         artifact=job.artifact,
-        uses=tuple(dict(vars(use)) for use in job.uses),
+        uses=_uses(job, sweep.workdir),
     )
 
 
@@ -314,6 +314,20 @@ def _checkpoints(job: Job, workdir: str) -> str:
         if artifact.key == "checkpointing.checkpoint_dir" and artifact.value:
             return os.path.join(workdir, str(artifact.value))
     return ""
+
+
+def _uses(job: Job, workdir: str) -> tuple[dict[str, Any], ...]:
+    """All that a job consumes, each as a `job.Use`: artifacts that its config names, and paths as they are."""
+    named = {use.place: dict(vars(use)) for use in job.uses}
+    found = []
+    for artifact in job.consumes:
+        for value in artifact.value if isinstance(artifact.value, list) else [artifact.value]:
+            if not isinstance(value, str):
+                continue
+            path = "" if value.startswith("step://") else os.path.join(workdir, os.path.expanduser(value))
+            plain = {"key": artifact.key, "type": artifact.type, "text": value, "place": os.path.normpath(path)}
+            found.append(named.get(value) or plain)
+    return tuple(found)
 
 
 def _code(job: Job) -> dict[str, Any]:
