@@ -128,6 +128,7 @@ def _write_weights(
     def dtype(kind: str) -> torch.dtype:
         """The type of a kind of parameter: that of all its layers, which are stored together."""
         names = [name for group in hf.parameter_names(a) for name in group if name.endswith(kind)]
+        names = names or [kind]  # the output layer of a last stage whose weights are tied
         return precision or reduce(torch.promote_types, (hf.from_hf(name, 0, a, shape).dtype for name in names))
 
     try:
