@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
-import posixpath
-import re
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
 from nemotron_launch.backends.live import Backend, LogSource
-from nemotron_launch.errors import UserError
 from nemotron_launch.jobs.log_stream import LogStream
+from nemotron_launch.jobs.log_text import clean, ends
 from nemotron_launch.jobs.run import Run
 
 _KEPT = 5000  # lines
-_LONGEST = 4000  # characters of a line
 _BEFORE = 256 << 10  # bytes of a log's end that are read when it is opened
-# Colours and movements of the cursor, titles of windows, character sets: all that a terminal would not print.
-_ESCAPES = re.compile(
-    r"\x1b(?:\[[0-?]*[ -/]*[@-~]?|[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)?|[ -/]+[0-~]?|[0-~])|\x9b[0-?]*[ -/]*[@-~]?"
-)
-
-
-def clean(line: bytes) -> str:
-    """A line as a terminal would leave it: what a progress bar overwrote and colours are gone, the rest is text."""
-    text = line.decode(errors="replace").rstrip("\r\n").rpartition("\r")[2]
-    text = _ESCAPES.sub("", text)
-    text = "".join(letter if letter.isprintable() or letter == "\t" else "\N{REPLACEMENT CHARACTER}" for letter in text)
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}… ({len(text)} characters)"
 
 
 class Tail:
@@ -78,15 +63,7 @@ class Tail:
 
 def open_tail(backend: Backend, run: Run, source: LogSource) -> Tail:
     """The end of a log; of one whose size cannot be asked for, all of it."""
-    start, host = 0, backend.host
-    if host is not None and posixpath.isabs(source.key):
-        folder, name = posixpath.split(source.key)
-        try:
-            entries = host.entries(folder) or []
-        except UserError:
-            entries = []
-        start = max(0, next((entry.size for entry in entries if entry.name == name), 0) - _BEFORE)
-    return Tail(run, source, start)
+    return Tail(run, source, ends(backend, [source], _BEFORE)[source])
 
 
 def chosen(sources: Sequence[LogSource], wanted: str) -> LogSource | None:

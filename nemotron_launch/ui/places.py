@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from typing import Any
 
 from nemotron_launch.backends.live import Backend, LogSource
 from nemotron_launch.errors import UserError
@@ -39,6 +40,7 @@ class Watched:
         self.sources: list[LogSource] = []
         self.tails: dict[LogSource, Tail] = {}
         self.problem = ""
+        self.warned: tuple[int, list[dict[str, Any]], float] = (-1, [], 0.0)  # at which size of its metrics, and when
         self.asked = 0.0
         self.logs_asked: dict[str, float] = {}
         self.has_files, self.has_logs = threading.Event(), threading.Event()

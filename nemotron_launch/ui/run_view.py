@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from bisect import bisect_left
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
+from nemotron_launch.reports.collect import run_warnings
 from nemotron_launch.reports.metrics_file import MetricsFile
 from nemotron_launch.reports.run_data import POINTS, report_data, thinned
 from nemotron_launch.reports.sources import missing
@@ -14,6 +16,8 @@ from nemotron_launch.ui.log_tails import chosen
 from nemotron_launch.ui.places import Watched
 
 _LINES = 1000  # of a log in one answer
+_SHORT = 2 << 20  # bytes of metrics in which signs are looked for whenever there are more
+_SELDOM = 15.0  # seconds between two looks in longer ones
 _ROW = ("state", "reason", "exit_code", "attempt", "job_id", "submitted", "started", "ended")
 Data = dict[str, Any]
 
@@ -27,7 +31,7 @@ def whole(watched: Sequence[Watched]) -> Data:
         data = report_data(
             [one.files for one in read if one.files],
             progress={one.run.run_id: one.progress for one in read if one.progress},
-            warnings={one.run.run_id: warnings_of(one) for one in read},
+            warnings={one.run.run_id: _warnings(one) for one in read},
         )
         return {"report": data, "live": {one.run.run_id: _live(one) for one in watched}}
 
@@ -47,7 +51,7 @@ def news(watched: Watched, mark: str, step: int) -> Data | None:
             "live": _live(watched),
             "metrics": since(metrics, step),
             "last_step": metrics.last_step,
-            "warnings": warnings_of(watched),
+            "warnings": _warnings(watched),
             "problems": list(metrics.problems),
             "bad_lines": metrics.bad_lines,
         }
@@ -105,5 +109,13 @@ def _mark(one: Watched) -> str:
     return f"{id(metrics):x}-{metrics.restarts}-{len(metrics.names)}" if metrics else ""
 
 
-def warnings_of(one: Watched) -> list[Data]:
-    return []
+def _warnings(one: Watched) -> list[Data]:
+    """What its numbers call for; of a long run looked for now and then only, for all its numbers are read."""
+    if one.files is None:
+        return []
+    offset, moment = one.files.metrics().offset, time.monotonic()
+    known, found, when = one.warned
+    if offset != known and (offset < _SHORT or moment - when > _SELDOM):
+        found = run_warnings(one.files)
+        one.warned = (offset, found, moment)
+    return found
