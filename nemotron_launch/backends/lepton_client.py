@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import posixpath
-import re
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -15,11 +13,23 @@ from nemotron_launch.backends import lepton, lepton_api, lepton_online
 from nemotron_launch.backends.lepton_access import Access, access
 from nemotron_launch.backends.lepton_api import Answer, Api, Uncertain
 from nemotron_launch.backends.lepton_logs import Logs
+from nemotron_launch.backends.lepton_states import (
+    ENDING,
+    OVER,
+    WAITING,
+    after_exit,
+    ending,
+    exit_line,
+    in_order,
+    log_key,
+    nonce_of,
+    sources_of,
+    worst,
+)
 from nemotron_launch.backends.live import LogSource, Refused, Seen, Submission
 from nemotron_launch.errors import UserError
 from nemotron_launch.hosts import Host, Unreachable, Upload, open_host
 from nemotron_launch.jobs.run import Run, State
-from nemotron_launch.trainer.exit_codes import RESUME_ME
 
 JOB = "job.json"
 RUN_ID = "NEMOTRON_RUN_ID"
@@ -29,11 +39,6 @@ _SKEW = 300.0  # seconds by which the service's clock may be behind ours
 _UNKNOWN_FOR = 120.0  # seconds after a submission in which a job that is not there is not yet lost
 _LAST_LINES = 20  # lines of a replica's end in which its exit code is looked for
 _MOST_REPLICAS = 256
-
-# Lepton's states while a run lives, and ours. All others that are not in _OVER are unknown: they end nothing.
-_WAITING = ("Queueing", "Awaiting", "Starting", "Restarting", "PendingRetry")
-_ENDING = ("Stopping", "Terminating", "Deleting")
-_OVER = ("Completed", "Failed", "Stopped", "Deleted", "Archived")
 
 
 class LeptonClient:
@@ -146,7 +151,7 @@ class LeptonClient:
     def _before(self, run: Run, name: str) -> Submission | None:
         """A job of this submission that is there already, of a client that died. Refused: one of another submission."""
         ours = self._named(run, name)
-        live = [job for job in ours if lepton_api.state(job) not in _OVER]
+        live = [job for job in ours if lepton_api.state(job) not in OVER]
         old = [job for job in live if 0 < lepton_api.created(job) < run.created - _SKEW]
         if old:
             hint = "follow it where it was submitted, or choose another --run-id"
@@ -165,7 +170,7 @@ class LeptonClient:
     def _only_one(self, run: Run, name: str) -> Submission | None:
         """The job of a submission. Should there be several, made from one that came late, the first goes on alone."""
         ours = self._named(run, name)
-        live = [job for job in ours if lepton_api.state(job) not in _OVER]
+        live = [job for job in ours if lepton_api.state(job) not in OVER]
         for job in live[1:]:
             if lepton_api.environment(job).get(RUN_ID) == run.run_id:
                 self._api.stop_job(lepton_api.job_id(job))
@@ -215,30 +220,30 @@ class LeptonClient:
         if job is None:
             if run.submitted and time.time() - run.submitted < _UNKNOWN_FOR:
                 return None  # its list may lag behind
-            code = _worst(self._exit_files(run))
+            code = worst(self._exit_files(run))
             reason = f"Lepton no longer knows the job {run.job_id}"
-            return Seen(_after_exit(code, "lost"), reason, code, run.attempt, started=run.started, ended=time.time())
+            return Seen(after_exit(code, "lost"), reason, code, run.attempt, started=run.started, ended=time.time())
         state, status = lepton_api.state(job), lepton_api.status(job)
         attempt = max(run.attempt, len(status.get("job_history") or ()))
-        if state in _OVER:
+        if state in OVER:
             return self._ended(run, job, state, attempt)
-        if state in _WAITING:
+        if state in WAITING:
             return Seen("pending", self._why(run, state), attempt=attempt, started=run.started)
         if state == "Running":
             started = run.started or time.time()
             return Seen("running", "", attempt=attempt, nodes=self._nodes_of(run, attempt), started=started)
         now: State = run.state if run.state in ("pending", "running") else "pending"
-        reason = state.lower() if state in _ENDING else f"Lepton says {state or 'nothing'}, a state not known here"
+        reason = state.lower() if state in ENDING else f"Lepton says {state or 'nothing'}, a state not known here"
         return Seen(now, reason, attempt=attempt, started=run.started)
 
     def _ended(self, run: Run, job: Mapping[str, Any], state: str, attempt: int) -> Seen:
         status = lepton_api.status(job)
         stopped = bool(job["spec"].get("stopped")) if isinstance(job.get("spec"), dict) else False
         self._logs_of().over.add(run.job_id)
-        code = 0 if state == "Completed" else _worst(self._exit_codes(run, job))
+        code = 0 if state == "Completed" else worst(self._exit_codes(run, job))
         ended = lepton_api.seconds(status.get("completion_time")) or time.time()
         started = run.started or lepton_api.seconds(status.get("creation_time")) or lepton_api.created(job) or ended
-        became, reason = _ending(state, stopped, code, status)
+        became, reason = ending(state, stopped, code, status)
         return Seen(became, reason, code, attempt, started=started, ended=max(ended, started))
 
     def _why(self, run: Run, state: str) -> str:
@@ -269,7 +274,7 @@ class LeptonClient:
     def _exit_codes(self, run: Run, job: Mapping[str, Any]) -> dict[tuple[int, int], int]:
         if found := self._exit_files(run):
             return found
-        nonce = _nonce(job)
+        nonce = nonce_of(job)
         if nonce is None or not self.log_sources(run):
             return {}
         for pause in (0.0, 0.5, 1.0):  # the log store may lag
@@ -295,12 +300,12 @@ class LeptonClient:
         start = int((lepton_api.created(job) or run.created) - 3600) * 10**9
         end = int(time.time() + 60) * 10**9
         for source in self.log_sources(run)[-_MOST_REPLICAS:]:
-            key = _key(source)
+            key = log_key(source)
             lines = self._logs_of().tail(key).decode(errors="replace").splitlines()
-            last = _exit_line(lines, nonce)
+            last = exit_line(lines, nonce)
             if last is None:
                 stored = self._api.stored_log(*key, start=start, end=end, limit=_LAST_LINES, forward=False)
-                last = _exit_line([line.text for line in stored], nonce)
+                last = exit_line([line.text for line in stored], nonce)
             if last is not None:
                 found[last[0], last[1]] = last[2]
         return found
@@ -317,7 +322,7 @@ class LeptonClient:
                 self._api.stop_job(job)
             except Answer as error:
                 now = self._api.job(job) if error.status in (400, 409, 422) else {}
-                if now is not None and lepton_api.state(now) not in _OVER:
+                if now is not None and lepton_api.state(now) not in OVER:
                     raise
 
     def purge(self, run: Run) -> None:
@@ -347,15 +352,15 @@ class LeptonClient:
             if error.status != 404:
                 raise
             replicas = []  # gone; what was seen of it may be in the log store still
-        for source in _sources(run, replicas):
+        for source in sources_of(run, replicas):
             self._replicas.setdefault(source.key, source)
         mine = [source for key, source in self._replicas.items() if key.startswith(f"{run.job_id}/")]
-        return sorted(mine, key=lambda source: (source.attempt, _index(source.name)))
+        return in_order(mine)
 
     def read_logs(self, wanted: Mapping[LogSource, int]) -> dict[LogSource, bytes]:
         """See Backend."""
-        news = self._logs_of().read({_key(source): offset for source, offset in wanted.items()})
-        return {source: news[_key(source)] for source in wanted if _key(source) in news}
+        news = self._logs_of().read({log_key(source): offset for source, offset in wanted.items()})
+        return {source: news[log_key(source)] for source in wanted if log_key(source) in news}
 
     def _logs_of(self) -> Logs:
         if self._logs is None:
@@ -382,9 +387,6 @@ def open_client(contact: Mapping[str, Any]) -> LeptonClient:
     return LeptonClient(contact)
 
 
-# Names --------------------------------------------------------------------------------------------------------------
-
-
 def _spec(files: Sequence[Upload]) -> dict[str, Any]:
     spec: dict[str, Any] = json.loads(next(file.data for file in files if file.path == JOB))
     return spec
@@ -395,81 +397,3 @@ def _name(run: Run, spec: Mapping[str, Any] | None) -> str:
     if run.submitted is None:
         return str(spec["metadata"]["name"]) if spec else lepton.short_name(run.run_id)
     return lepton.short_name(f"{run.run_id}.{run.submitted:.3f}")
-
-
-def _nonce(job: Mapping[str, Any]) -> str | None:
-    """What marks the last line of a job's replicas: it stands in their command."""
-    spec = job.get("spec")
-    container = spec.get("container") if isinstance(spec, dict) else None
-    words = container.get("command") if isinstance(container, dict) else None
-    found = re.search(r"nemotron-exit ([0-9a-f]{16}) attempt=", "\n".join(map(str, words or ())))
-    return found[1] if found else None
-
-
-def _sources(run: Run, replicas: Sequence[Mapping[str, Any]]) -> list[LogSource]:
-    """Whose logs there are. A replica's id ends in its number, and a few letters; it says nothing of attempts.
-
-    Of the replicas with one number the last one is the newest attempt's, the one before it the one before's.
-    """
-    by_number: dict[int, list[str]] = {}
-    for place, replica in enumerate(sorted(replicas, key=lepton_api.created)):
-        name = lepton_api.job_id(replica) or str(replica.get("id") or "")
-        found = re.search(r"-(\d+)(?:-[a-z0-9]{4,10})?$", name)
-        by_number.setdefault(int(found[1]) if found else place, []).append(name)
-    sources = []
-    for number, names in by_number.items():
-        newest = max(run.attempt, len(names) - 1)
-        for back, name in enumerate(reversed(names)):
-            sources.append(LogSource(newest - back, f"node-{number}", posixpath.join(run.job_id, name)))
-    return sources
-
-
-def _key(source: LogSource) -> tuple[str, str]:
-    job, _, replica = source.key.partition("/")
-    return job, replica
-
-
-def _index(name: str) -> int:
-    return int(name.rpartition("-")[2])
-
-
-# Endings ------------------------------------------------------------------------------------------------------------
-
-
-def _exit_line(lines: Sequence[str], nonce: str) -> tuple[int, int, int] | None:
-    return next((found for line in reversed(lines) if (found := lepton.read_exit(line, nonce))), None)
-
-
-def _worst(codes: Mapping[tuple[int, int], int]) -> int | None:
-    """What a job's exit codes, by attempt and node, say together: of its last attempt the cause, before its effects."""
-    if not codes:
-        return None
-    last = max(attempt for attempt, _ in codes)
-    ends = sorted(codes[key] for key in codes if key[0] == last)
-    causes = [code for code in ends if code and code != RESUME_ME and code < 128]
-    if causes:
-        return causes[0]
-    return RESUME_ME if RESUME_ME in ends else ends[-1]
-
-
-def _after_exit(code: int | None, otherwise: State) -> State:
-    if code is None:
-        return otherwise
-    return "finished" if code == 0 else "stopped" if code == RESUME_ME else "failed"
-
-
-def _ending(state: str, stopped: bool, code: int | None, status: Mapping[str, Any]) -> tuple[State, str]:
-    if state == "Completed":
-        return "finished", ""
-    if state == "Deleted":
-        return "cancelled", "its job was deleted"
-    if stopped:
-        return "cancelled", ""
-    if state == "Failed":
-        return ("stopped", "saved, and out of restarts") if code == RESUME_ME else ("failed", "")
-    if state == "Stopped":
-        return "stopped", "Lepton stopped it"
-    done, wanted = status.get("succeeded") or 0, status.get("failed") or 0
-    if code is None and done and not wanted:
-        return "finished", ""
-    return _after_exit(code, "failed" if wanted else "lost"), "archived by Lepton"

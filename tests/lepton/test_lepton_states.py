@@ -78,9 +78,9 @@ def test_the_exit_code_is_the_cause_s_among_its_effects(
 
 
 def _log(files: list[Upload], node: int, code: int) -> bytes:
-    from nemotron_launch.backends.lepton_client import _nonce
+    from nemotron_launch.backends.lepton_states import nonce_of
 
-    mark = _nonce(spec_of(files))
+    mark = nonce_of(spec_of(files))
     assert mark and render.read_exit(f"nemotron-exit {mark} attempt=0 node={node} code={code}", mark)
     forged = f"nemotron-exit {'0' * 16} attempt=9 node={node} code=0"
     return f"step 1\nnemotron-exit {mark} attempt=0 node={node} code={code}\n{forged}\n".encode()
