@@ -183,11 +183,11 @@ def to_hf(config: Config, step_dir: Path) -> int:
     found, weights, like = on_rank_0(find)
     a = on_rank_0(lambda: _architecture(weights, like))
     if a is None:
-        what = f"{found} (without architecture.json)" if like is None else f"{like.name}"
+        assert like is not None
         return _by_bridge(
-            what, "megatron_path" if like is None else "hf_model_id",
+            like.name, "hf_model_id",
             lambda bridge: megatron_bridge.to_hf(
-                bridge, weights, _needed(like), target, trust_remote_code=config["trust_remote_code"]
+                bridge, weights, like, target, trust_remote_code=config["trust_remote_code"]
             ),
         )  # fmt: skip
     _check_layout(a, layout)
@@ -215,18 +215,16 @@ def to_hf(config: Config, step_dir: Path) -> int:
 def _architecture(weights: Path, like: Path | None) -> Architecture | None:
     """The checkpoint's, by its own file or by a model of the same; None where Megatron-Bridge must be asked."""
     own = read_architecture(weights.parent.parent)
-    if own is not None or like is None:
+    if own is not None:
         return own
-    kind = read_json(like / "config.json").get("model_type")
-    return None if kind is not None and kind not in FAMILIES else hf.read_config(like)
-
-
-def _needed(like: Path | None) -> Path:
     if like is None:
         raise UserError(
-            "is not set", where="hf_model_id", hint="name a Hugging Face model of the checkpoint's architecture"
+            "says nothing of its architecture: there is no architecture.json beside it",
+            where=str(weights),
+            hint="name a Hugging Face model of the same architecture:  hf_model_id=…",
         )
-    return like
+    kind = read_json(like / "config.json").get("model_type")
+    return None if kind is not None and kind not in FAMILIES else hf.read_config(like)
 
 
 def _write_folder(
