@@ -167,6 +167,8 @@ def prunable(ledger: Ledger, *, older_than: float, states: Iterable[str] = ()) -
 
 def prune(ledger: Ledger, backends: Backends, chosen: Sequence[Prunable]) -> None:
     """Forget runs: their folders, kept files and rows, in this order, so that a failure leaves what can be repeated."""
+    from nemotron_launch.reports.sources import forget_copies
+
     first = {one.name: one.runs[0] for one in chosen}
     by_name = {one.name: one for one in chosen}
     for group in backends.groups(first.values()):
@@ -180,6 +182,7 @@ def prune(ledger: Ledger, backends: Backends, chosen: Sequence[Prunable]) -> Non
                 raise UserError(f"not all folders could be removed: {said[0]}", where=host.name or None, exit_code=1)
         for name in names:
             forget(ledger.folder, name)
+            forget_copies(ledger.folder, (run.run_id for run in by_name[name].runs))
         ledger.remove(run.run_id for name in names for run in by_name[name].runs)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from nemotron_launch.catalog import Step, find_step
 from nemotron_launch.errors import UserError
 from nemotron_launch.jobs.ledger import Ledger
+from nemotron_launch.jobs.run import Run
 from nemotron_launch.jobs.settle import Backends, Warn
 from nemotron_launch.jobs.status import progress_of
 from nemotron_launch.reports.run_data import report_data
@@ -34,7 +35,25 @@ def collect(ledger: Ledger, backends: Backends, names: Sequence[str], warn: Warn
         for problem in one.metrics().problems:
             warn(f"{one.name}: {problem}")
     progress = progress_of(backends, [one.run for one in files if one.run], warn)
-    return report_data(files, progress=progress, warnings={one.name: run_warnings(one) for one in files})
+    return report_data(
+        files,
+        progress=progress,
+        warnings={one.name: run_warnings(one) for one in files},
+        lineage=lineage_of(ledger, [one.run for one in files if one.run]),
+    )
+
+
+def lineage_of(ledger: Ledger, runs: Sequence[Run]) -> dict[str, Any] | None:
+    """What these runs were made of and what was made of them, as one graph; None where nothing is known of it."""
+    from nemotron_launch.artifacts import registry
+    from nemotron_launch.artifacts.lineage import everything
+
+    graph, labels = everything(ledger), registry.labels(ledger)
+    roots = [labels.get(run.run_id, run.run_id) for run in runs]
+    found = [graph.around(root).as_data() for root in roots]
+    nodes = {node["id"]: node for one in found for node in one["nodes"]}
+    links = list({tuple(link.values()): link for one in found for link in one["links"]}.values())
+    return {"roots": roots, "nodes": list(nodes.values()), "links": links} if links else None
 
 
 def run_warnings(one: RunFiles) -> list[dict[str, Any]]:

@@ -12,7 +12,14 @@ from typing import Any
 
 ASSETS = Path(__file__).parent / "assets"
 STYLES = ("uplot-1.6.32.min.css", "report.css")
-SCRIPTS = ("uplot-1.6.32.min.js", "report_dom.js", "report_charts.js", "report_sweep.js", "report.js")
+SCRIPTS = (
+    "uplot-1.6.32.min.js",
+    "report_dom.js",
+    "report_charts.js",
+    "report_sweep.js",
+    "report_lineage.js",
+    "report.js",
+)
 # What a JSON text may hold that would end a script element, or a line of JavaScript.
 _ESCAPED = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"}
 

@@ -55,7 +55,8 @@ def report_data(
 ) -> dict[str, Any]:
     """Several runs as one page shows them: each, the plots that they share, and in what they differ.
 
-    progress: of runs, by name (jobs.run_folder). warnings: by name, as `signs` finds them. lineage: by name.
+    progress: of runs, by name (jobs.run_folder). warnings: by name, as `signs` finds them. lineage: nodes and links
+    around all of them (artifacts.lineage).
     """
     points = max(_FEWEST, min(POINTS, _POINTS_OF_ALL // max(1, len(runs))))
     found = [
@@ -64,7 +65,6 @@ def report_data(
             points=points,
             progress=(progress or {}).get(one.name),
             warnings=(warnings or {}).get(one.name, ()),
-            lineage=(lineage or {}).get(one.name),
         )
         for one in runs
     ]
@@ -77,6 +77,7 @@ def report_data(
         ][:_TILES],
         "runs": found,
         "figures": [figure.as_data() for figure in figures_of(names)],
+        "lineage": lineage,
         "differences": differences([one["config"] for one in found]),
     }
 
@@ -87,7 +88,6 @@ def run_data(
     points: int = POINTS,
     progress: Progress | None = None,
     warnings: Sequence[Mapping[str, Any]] = (),
-    lineage: Any = None,
 ) -> dict[str, Any]:
     """A run: what it is, its config by key, its curves with at most `points` points, what it wrote, how it ended.
 
@@ -110,7 +110,6 @@ def run_data(
         "problems": list(metrics.problems),
         "bad_lines": metrics.bad_lines,
         "warnings": [dict(warning) for warning in warnings],
-        "lineage": lineage,
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import posixpath
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -110,6 +111,12 @@ def open_runs(backends: Backends, runs: Sequence[Run], state: Path) -> list[RunF
         cache = state / CACHE / run.run_id if remote else None
         found.append(RunFiles(run.run_id, run.output_dir, host, run=run, cache=cache))
     return found
+
+
+def forget_copies(state: Path, run_ids: Iterable[str]) -> None:
+    """Remove what is kept of remote runs' metrics. state: the ledger's folder."""
+    for run_id in run_ids:
+        shutil.rmtree(state / CACHE / run_id, ignore_errors=True)
 
 
 def open_folder(folder: Path) -> RunFiles:

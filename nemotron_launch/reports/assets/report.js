@@ -92,7 +92,7 @@
     }
     if (data.runs.some((run) => run.samples.length)) found.push({ key: "samples", title: "Samples", box: section("samples", "Samples", page.parts.samples) });
     if (data.runs.some((run) => run.attempts.length)) found.push({ key: "attempts", title: "Attempts", box: section("attempts", "Attempts", page.parts.attempts) });
-    if (data.runs.some((run) => run.lineage)) found.push({ key: "lineage", title: "Lineage", box: section("lineage", "Lineage", page.parts.lineage) });
+    if (data.lineage) found.push({ key: "lineage", title: "Lineage", box: section("lineage", "Lineage", page.parts.lineage) });
     found.push({ key: "config", title: "Config", box: section("config", "Config", page.parts.config) });
     return found;
   }
@@ -281,8 +281,7 @@
   }
 
   function lineage(data) {
-    return data.runs.filter((run) => run.lineage).map((run) => element("div", { class: "card" },
-      data.runs.length > 1 ? element("summary", {}, run.label) : null, element("pre", { class: "lineage" }, run.lineage)));
+    return data.lineage ? [element("div", { class: "card" }, Nemotron.lineage(data.lineage))] : [];
   }
 
   function samples(data) {
