@@ -61,15 +61,45 @@ def signatures(texts: Sequence[str], near: Near | None, *, apart: Sequence[str] 
     such as the right answers of prompts that differ in one number; exact duplicates do not regard it.
     """
     plain = [normalised(text) for text in texts]
+    return _records(plain, _minima(plain, near), near, apart)
+
+
+def row_signatures(
+    prompts: Sequence[str], answers: Sequence[str], near: Near | None, *, apart: Sequence[str] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """(records of prompt, newline and answer; records of the prompt), as `signatures` of these texts, at half the cost.
+
+    A text's shingles are those of its prompt and those of its end, from the prompt's last words on; so are its minima.
+    """
+    asked = [normalised(prompt) for prompt in prompts]
+    whole, ends, alone = [], [], []
+    context = near.shingle_words - 1 if near else 0
+    for prompt, answer in zip(asked, answers, strict=True):
+        said = normalised(answer)
+        text = f"{prompt} {said}" if prompt and said else prompt or said
+        whole.append(text)
+        words = prompt.rsplit(" ", context)
+        alone.append(not prompt or len(words) <= context)  # its one shingle may be none of the whole
+        ends.append(text if alone[-1] else " ".join([*words[1:], said]) if said else prompt)
+    minima_asked, minima_whole = _minima(asked, near), _minima(ends, near)
+    if near:
+        own = ~np.array(alone, bool)
+        minima_whole[own] = np.minimum(minima_whole[own], minima_asked[own])
+    return _records(whole, minima_whole, near, apart), _records(asked, minima_asked, near, None)
+
+
+def _minima(plain: Sequence[str], near: Near | None) -> np.ndarray:
+    return minima(*shingles(plain, near.shingle_words), near) if near else np.zeros((len(plain), 0), np.uint32)
+
+
+def _records(plain: Sequence[str], least: np.ndarray, near: Near | None, apart: Sequence[str] | None) -> np.ndarray:
     records = np.zeros(len(plain), record(near))
-    digests = b"".join(_digest(text, 16) for text in plain)
-    records["exact"] = np.frombuffer(digests, "<u8").reshape(-1, 2)
+    records["exact"] = np.frombuffer(b"".join(_digest(text, 16) for text in plain), "<u8").reshape(-1, 2)
     if near and plain:
-        bands = band_hashes(minima(*shingles(plain, near.shingle_words), near), near)
+        records["bands"] = band_hashes(least, near)
         if apart is not None:
             labels = np.frombuffer(b"".join(_digest(normalised(text), 8) for text in apart), "<u8")
-            bands ^= labels[:, None]
-        records["bands"] = bands
+            records["bands"] ^= labels[:, None]
     return records
 
 

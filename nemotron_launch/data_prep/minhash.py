@@ -72,7 +72,10 @@ def normalised(text: str) -> str:
     """A text as duplicates are compared: Unicode NFKC, case folded, every run of whitespace one space, none around."""
     if not text.isascii():
         text = unicodedata.normalize("NFKC", text)
-    return " ".join(text.casefold().split())
+    text = text.casefold()
+    if text.isprintable() and "  " not in text:  # of whitespace, only the space is printable
+        return text.strip(" ")
+    return " ".join(text.split())
 
 
 def shingles(texts: Sequence[str], words: int) -> tuple[np.ndarray, np.ndarray]:
@@ -179,15 +182,13 @@ def _words(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     before = np.empty_like(inside)
     before[:1], before[1:] = False, inside[:-1]
     first, last = inside & ~before, before & ~inside
-    if len(text) and text.max() >= 0xE0:  # wide characters end the word before them and the one that they are
-        lead = text >= 0xE0
-        follows = text & 0xC0 == 0x80
-        characters = np.flatnonzero(~follows)
-        after_wide = np.zeros_like(lead)
-        after_wide[characters[1:]] = lead[characters[:-1]]
-        cut = (lead | after_wide) & inside
-        first |= cut
-        last |= cut & before
+    wide = np.flatnonzero(text >= 0xE0)
+    if len(wide):  # such a character ends the word before it, and the one that it is
+        after = wide + np.where(text[wide] >= 0xF0, 4, 3)
+        last[wide] |= before[wide]
+        last[after] = True
+        first[wide] = True
+        first[after] |= inside[after]
     starts_W, ends_W = np.flatnonzero(first), np.flatnonzero(last)
     sizes_W = ends_W - starts_W
     if len(sizes_W) and sizes_W.max() > WORD_BYTES:

@@ -233,12 +233,18 @@ class _Part:
             return
         task = self._task
         prompts = [row.prompt for row in rows]
-        if task.with_whole:
-            texts = prompts if task.by == "prompt" else [row.text for row in rows]
-            apart = ["\n".join(row.answers) for row in rows] if task.near and not rows[0].trained else None
-            self._whole.append(duplicates.signatures(texts, task.near, apart=apart))
-        if task.with_asked:
-            self._asked.append(duplicates.signatures(prompts, task.near))
+        answers = ["\n".join(row.answers) for row in rows]
+        apart = answers if task.near and not rows[0].trained else None
+        if task.with_whole and task.with_asked and task.by == "row":
+            whole, asked = duplicates.row_signatures(prompts, answers, task.near, apart=apart)
+            self._whole.append(whole)
+            self._asked.append(asked)
+        else:
+            if task.with_whole:
+                texts = prompts if task.by == "prompt" else [row.text for row in rows]
+                self._whole.append(duplicates.signatures(texts, task.near, apart=apart))
+            if task.with_asked:
+                self._asked.append(duplicates.signatures(prompts, task.near))
         if self._counter is not None:
             self._tokens.append(_token_counts(self._counter, rows))
 

@@ -193,6 +193,27 @@ def test_bands_find_the_pairs_that_they_promise_and_verification_lets_no_other_t
     assert (~same & np.array(expected)).sum() <= 1 + 0.04 * sum(expected)
 
 
+TEXT = st.text(st.sampled_from("ab cé数 \n\U0001f600.")) | st.sampled_from(["one two", "a b c d", "", "x" * 70])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(TEXT, TEXT), max_size=8), st.integers(1, 4))
+def test_signatures_of_rows_are_those_of_their_texts(rows: list[tuple[str, str]], size: int) -> None:
+    near = Near(shingle_words=size)
+    prompts, answers = [prompt for prompt, _ in rows], [answer for _, answer in rows]
+    whole, asked = duplicates.row_signatures(prompts, answers, near, apart=answers)
+    joined = [f"{prompt}\n{answer}" for prompt, answer in rows]
+    assert (whole == duplicates.signatures(joined, near, apart=answers)).all()
+    assert (asked == duplicates.signatures(prompts, near)).all()
+    for exact, texts in zip(duplicates.row_signatures(prompts, answers, None), (joined, prompts), strict=True):
+        assert (exact == duplicates.signatures(texts, None)).all()
+
+
+@given(st.text() | st.text(st.sampled_from("aB \t\n\u00a0\u3000\u2028\u200bß ")))
+def test_normalised_text_is_as_it_is_said_to_be(text: str) -> None:
+    assert minhash.normalised(text) == plain(text)
+
+
 def test_minima_agree_as_often_as_the_sets_overlap() -> None:
     """Broder 1997: the probability is the Jaccard index; with 126 minima of 40 pairs its mean is within 0.02."""
     for size in (1, 4, 10):
