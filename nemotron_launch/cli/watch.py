@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 import signal
 import sys
 import time
@@ -17,7 +18,8 @@ from nemotron_launch.backends.live import Backend, LogSource
 from nemotron_launch.cli.job_tables import state_line
 from nemotron_launch.cli.jobs import RUNS, opened
 from nemotron_launch.cli.watch_view import Facts, curves_of, number, table_view, view
-from nemotron_launch.jobs.follow import Answer, Detached, Pace, follow
+from nemotron_launch.errors import UserError
+from nemotron_launch.jobs.follow import MOST_LOGS, Answer, Detached, Pace, follow
 from nemotron_launch.jobs.ledger import Ledger
 from nemotron_launch.jobs.log_stream import LogStream, Piece
 from nemotron_launch.jobs.log_text import clean, ends
@@ -95,7 +97,7 @@ class Files:
     def why_none(self, run: Run) -> str:
         """Why there are no numbers of a run that should have some."""
         error = missing(self.files[run.run_id])
-        return str(error).removeprefix("error: ") if error and run.state not in LIVE else ""
+        return error.message if error and run.state not in LIVE else ""
 
 
 class Interrupt:
@@ -317,13 +319,19 @@ def _watch_all(ledger: Ledger, backends: Backends, runs: Sequence[Run]) -> list[
     """Until all are over. Executors are asked as often as by `jobs attach`."""
     files = Files(ledger, backends, runs)
     table, lines = Table(runs, files), None if sys.stdout.isatty() else Lines()
-    waits, works = Pace(1.0, 15.0), Pace(5.0, 30.0)
+    waits, works, finding = Pace(1.0, 15.0), Pace(5.0, 30.0), Pace(1.0, 5.0)
     unread = {run.run_id for run in runs}
     with Interrupt() as interrupt:
         with Terminal() as terminal:
             while not interrupt.asked:
                 pace = works if all(run.state == "running" or run.state not in LIVE for run in table.runs) else waits
+                if finding.due():
+                    finding.done(False)
+                    if _any_ended(backends, table.runs):
+                        pace.now()
                 dirty = pace.due() and _ask(ledger, backends, table, (waits, works), lines)
+                if dirty:
+                    finding.done(True)
                 if files.pace.due():
                     wanted = [run for run in table.runs if run.state in LIVE or run.run_id in unread]
                     dirty |= files.read([run for run in wanted if run.state != "submitting"])
@@ -339,6 +347,17 @@ def _watch_all(ledger: Ledger, backends: Backends, runs: Sequence[Run]) -> list[
         if interrupt.asked:
             raise KeyboardInterrupt
     return table.runs
+
+
+def _any_ended(backends: Backends, runs: Sequence[Run]) -> bool:
+    """Whether a folder says that its run is over, before the executor was asked."""
+    for group in backends.groups(run for run in runs if run.state in LIVE):
+        with suppress(UserError):
+            host = backends.of(group[0]).host
+            paths = {posixpath.join(run.state_dir, "exit_code"): 0 for run in group}
+            if host and len(paths) <= MOST_LOGS and host.read(paths):
+                return True
+    return False
 
 
 def _ask(ledger: Ledger, backends: Backends, table: Table, paces: Sequence[Pace], lines: Lines | None) -> bool:

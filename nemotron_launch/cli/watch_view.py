@@ -80,7 +80,7 @@ def curves_of(metrics: MetricsFile) -> list[Curve]:
         for number, line in enumerate(lines):
             held_out = line.label.startswith("validation")
             if number == 0 or held_out or key in _WHOLE:
-                said = line.label in _ALONE or line.label.lower() == name
+                said = line.label in _ALONE or line.label.lower() in (name, by_key[key].title.lower())
                 label = "val " + name if held_out else name if said else f"{name} {line.label}"
                 found.append(Curve(label, line.metric))
     return found
