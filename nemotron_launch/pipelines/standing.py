@@ -134,13 +134,11 @@ def _stands(
     host = backends.of(row).host
     record = _record(host, row)
     seen = Standing(one, row, "to do", run, record=record)
-    made = run is not None or record is not None
-    if again:
-        return replace(seen, why="asked for", stale=made)
-    if to_run:
-        return replace(seen, why=f"{to_run[0]} runs before it", stale=made)
-    if any(need.state == "live" for need in needs):
-        return replace(seen, why="what it takes is being made", stale=made)
+    why = "asked for" if again else f"{to_run[0]} runs before it" if to_run else ""
+    if not why and any(need.state == "live" for need in needs):
+        why = "what it takes is being made"
+    if why:  # a reason to do it again only where something has been done
+        return replace(seen, why=why, stale=True) if run is not None or record is not None else seen
     if record is not None:
         why = _changed(one, row, record, host, others)
         if why:
