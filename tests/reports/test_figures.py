@@ -7,16 +7,54 @@ import re
 from nemotron_launch.reports.figures import SECTIONS, figures_of, time_parts
 from nemotron_launch.resources import root
 
-GRPO = """train/loss train/actor_loss train/kl_penalty train/reference_kl train/clip_low_share train/clip_high_share
-train/approx_entropy train/lr train/wd train/grad_norm train/reward train/reward_min train/reward_max
-train/reward_std_within_groups train/reward_std_between_groups train/groups_without_variance
-train/mean_gen_tokens_per_sample train/truncation_rate timing/train/logprobs timing/train/policy_training
-timing/train/generation timing/train/reward timing/train/total_step_time timing/train/tokens_per_sec
-timing/train/generation_tokens_per_sec validation/accuracy validation/pass_at_1 validation/pass_at_4 validation/pass_k
-validation/truncation_rate train/gpu_memory_gib memory/process_peak_gib train/token_mult_prob_error""".split()
-DPO = """train/loss train/preference_loss train/accuracy train/rewards_chosen_mean train/rewards_rejected_mean
-validation-default/loss validation-default/accuracy validation-default/kl_to_reference validation-hard/loss
-validation-default/exact_match timing/train/total_step_time""".split()
+GRPO = [
+    "train/loss",
+    "train/actor_loss",
+    "train/kl_penalty",
+    "train/reference_kl",
+    "train/clip_low_share",
+    "train/clip_high_share",
+    "train/approx_entropy",
+    "train/lr",
+    "train/wd",
+    "train/grad_norm",
+    "train/reward",
+    "train/reward_min",
+    "train/reward_max",
+    "train/reward_std_within_groups",
+    "train/reward_std_between_groups",
+    "train/groups_without_variance",
+    "train/mean_gen_tokens_per_sample",
+    "train/truncation_rate",
+    "timing/train/logprobs",
+    "timing/train/policy_training",
+    "timing/train/generation",
+    "timing/train/reward",
+    "timing/train/total_step_time",
+    "timing/train/tokens_per_sec",
+    "timing/train/generation_tokens_per_sec",
+    "validation/accuracy",
+    "validation/pass_at_1",
+    "validation/pass_at_4",
+    "validation/pass_k",
+    "validation/truncation_rate",
+    "train/gpu_memory_gib",
+    "memory/process_peak_gib",
+    "train/token_mult_prob_error",
+]
+DPO = [
+    "train/loss",
+    "train/preference_loss",
+    "train/accuracy",
+    "train/rewards_chosen_mean",
+    "train/rewards_rejected_mean",
+    "validation-default/loss",
+    "validation-default/accuracy",
+    "validation-default/kl_to_reference",
+    "validation-hard/loss",
+    "validation-default/exact_match",
+    "timing/train/total_step_time",
+]
 
 
 def drawn(names: list[str]) -> dict[str, list[str]]:

@@ -147,3 +147,17 @@ def test_rlhf_raises_the_reward_models_score_and_stays_near_its_reference(tiny: 
     kl = [line["train/reference_kl"] for line in done.lines("rlhf-tiny") if "train/reference_kl" in line]
     # To answer the other way than four in five times before costs -ln 0.2 = 1.61 nats, 0.27 a token of six.
     assert kl[-1] < 0.6
+
+
+def test_nothing_is_warned_of(tiny: Done) -> None:
+    """The signs of the steps' strategies stay silent on runs that go well."""
+    from nemotron_launch.catalog import find_step
+    from nemotron_launch.reports.signs import warnings_of
+    from nemotron_launch.reports.sources import config_of, open_folder, update
+
+    steps = {"sft-tiny": "sft/megatron", "dpo-tiny": "rl/nemo_rl/dpo", "rlvr-tiny": "rl/nemo_rl/rlvr"}
+    files = {name: open_folder(tiny.folder / name) for name in steps if (tiny.folder / name / "metrics.jsonl").exists()}
+    assert files.keys() >= {"sft-tiny", "dpo-tiny"}
+    update(files.values(), print)
+    for name, one in files.items():
+        assert warnings_of(find_step(steps[name]), config_of(one), one.metrics()) == []
