@@ -5,6 +5,8 @@ Legend: S tokens of the text, V vocabulary.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
 import logging
 import os
@@ -29,6 +31,7 @@ from nemotron_launch.trainer.tokenizer import Tokenizer
 log = logging.getLogger(__name__)
 LONGEST = 512  # tokens
 SPARE = 2 << 30  # bytes that the libraries and activations want
+PEAK = 1.7  # what loading a checkpoint takes in all, in sizes of the model (benchmarks/conversion.py: 1.6)
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ def fits(a: Architecture, layout: Layout) -> bool:
     if layout.device.type == "cpu":
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         copies = max(1.0, local / (layout.tensor * layout.pipeline))
-    return on_rank_0(lambda: int(model * copies * 1.1) + SPARE < _available())
+    return on_rank_0(lambda: int(model * copies * PEAK) + SPARE < _available())
 
 
 def compare(
@@ -72,7 +75,7 @@ def compare(
     them was converted; the other's weights are rounded to it first. UserError: transformers does not take the folder.
     """
     ours = _megatron_logits(weights, a, layout, ids, rounded)
-    gc.collect()
+    _give_back()
 
     def theirs() -> Agreement:
         there = _transformers_logits(folder, ids, rounded)
@@ -131,6 +134,13 @@ def _transformers_logits(folder: Path, ids: np.ndarray, rounded: torch.dtype | N
     _round(model, rounded)
     logits: Tensor = model(torch.from_numpy(ids.astype(np.int64))[None]).logits[0, :-1]
     return logits
+
+
+def _give_back() -> None:
+    """Return the memory of what is gone to the system: glibc keeps that of tensors below 32 MiB."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _available() -> int:
