@@ -82,6 +82,11 @@ class Cluster:
         self.until(lambda: self.state(job) in ENDED, f"the end of job {job}", seconds)
         return self.show(job)
 
+    def until_idle(self) -> None:
+        """All nodes are up, and no job of an earlier test is left on them: the next one gets the first."""
+        states = ("sinfo", "-h", "-N", "-p", "batch", "-o", "%t")
+        self.until(lambda: self.run(*states).split() == ["idle"] * self.nodes, "idle nodes")
+
     # Life.
 
     def start(self) -> None:
@@ -105,8 +110,7 @@ class Cluster:
         self.start_controller("-i")
         for n in range(self.nodes):
             self.start_node(f"node{n + 1}")
-        states = ("sinfo", "-h", "-N", "-p", "batch", "-o", "%t")
-        self.until(lambda: self.run(*states).split() == ["idle"] * self.nodes, "idle nodes")
+        self.until_idle()
 
     def start_controller(self, *options: str) -> None:
         """-i: without the state that an earlier one has saved."""

@@ -25,7 +25,8 @@ NewRun = Callable[..., Run]
 
 @pytest.fixture
 def run(cluster: Cluster, tmp_path: Path) -> Any:
-    """Makes runs; cancels what a failed test leaves behind."""
+    """Makes runs, the first of them on the first nodes; cancels what a failed test leaves behind."""
+    cluster.until_idle()
     made: list[Run] = []
 
     def make(*arguments: Any, **fields: Any) -> Run:
