@@ -83,7 +83,7 @@ def open_server(port: int | None) -> Server:
 
 def serve(server: Server) -> threading.Thread:
     """Serve in a thread of its own."""
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.2}, daemon=True, name="ui")
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True, name="ui")
     thread.start()
     return thread
 
