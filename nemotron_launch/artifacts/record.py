@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import os
 import time
@@ -29,6 +30,7 @@ from nemotron_launch.frozen import field, frozen
 from nemotron_launch.trainer.checkpoints import INFO, newest_complete
 from nemotron_launch.trainer.paths import is_hub_id, resolve_path
 
+log = logging.getLogger(__name__)
 FILE = RECORD
 FORMAT = 1
 LARGEST_HASHED = 64 << 20  # bytes of an input that is hashed whole
@@ -108,22 +110,33 @@ def register(
     """
     folder = Path(str(config["output_dir"])).expanduser().absolute()
     path = folder / FILE
-    made = list(_made(step_dir, config, folder))
+    made = tuple(_made(step_dir, config, folder))
+    used = tuple(_used(step_dir, config))
+    config_sha256 = _config_hash(config_path)
     with contextlib.suppress(UserError):
-        if (old := read(path)) and made and _same(old.artifacts, made):
+        old = read(path)
+        if old and made and (old.config_sha256, old.inputs, _core(old.artifacts)) == (config_sha256, used, _core(made)):
             return path
     record = Record(
         step=load_step(step_dir).id,
-        config_sha256=_config_hash(config_path),
+        config_sha256=config_sha256,
         created=time.time(),
-        artifacts=tuple(made),
-        inputs=tuple(_used(step_dir, config)),
+        artifacts=made,
+        inputs=used,
         code=_code(config_path),
         metrics=_finite(metrics if metrics is not None else last_metrics(folder)),
         folder=str(folder),
     )
     _write(path, as_bytes(record))
     return path
+
+
+def register_finished(step_dir: Path, config: Mapping[str, Any], *, config_path: Path) -> None:
+    """`register` at the end of a step, which has finished whatever comes of this: what cannot be written is a warning."""
+    try:
+        register(step_dir, config, config_path=config_path)
+    except (UserError, OSError) as error:
+        log.warning("what this run made is not recorded: %s", str(error).removeprefix("error: "))
 
 
 def read(path: Path) -> Record | None:
@@ -361,10 +374,9 @@ def _read_made(data: Mapping[str, Any], folder: str) -> Made:
     return Made(**{**values, "path": path, "tokens": Tokens(**tokens) if tokens else None})
 
 
-def _same(old: Sequence[Made], new: Sequence[Made]) -> bool:
-    return [(one.key, one.path, one.checkpoint, one.content) for one in old] == [
-        (one.key, one.path, one.checkpoint, one.content) for one in new
-    ]
+def _core(made: Sequence[Made]) -> list[tuple[str, ...]]:
+    """What tells whether a run made something anew."""
+    return [(one.key, one.path, one.checkpoint, one.content) for one in made]
 
 
 def _concerns(made: Made, here: Path, folder: Path) -> bool:

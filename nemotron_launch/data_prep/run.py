@@ -40,7 +40,7 @@ def main(step_dir: Path, argv: list[str] | None = None) -> int:
         with train_log(folder), output_lock.hold(folder):
             made = engine.prepare(config, step_dir)
             log.info("manifest: %s", made)
-            _register(step_dir, config, path)
+            record.register_finished(step_dir, config, config_path=path)
         return exit_codes.FINISHED
     except UserError as error:
         print(error, file=sys.stderr, flush=True)
@@ -67,10 +67,3 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or "output_dir" not in config:
         raise UserError("is not a composed config", where=str(path), hint="nemotron steps run composes one")
     return config
-
-
-def _register(step_dir: Path, config: dict[str, Any], path: Path) -> None:
-    try:
-        record.register(step_dir, config, config_path=path)
-    except (UserError, OSError) as error:
-        log.warning("what this run made is not recorded: %s", str(error).removeprefix("error: "))

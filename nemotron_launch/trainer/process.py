@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import logging
 import os
 import sys
 import time
@@ -24,7 +23,6 @@ from nemotron_launch.trainer.file_errors import file_error
 from nemotron_launch.trainer.megatron import parallel
 from nemotron_launch.trainer.metrics import train_log
 
-log = logging.getLogger(__name__)
 Config = Mapping[str, Any]
 
 
@@ -43,7 +41,7 @@ def run_process(step_dir: Path, work: Callable[[Config], int], argv: list[str] |
         with train_log(Path(config["output_dir"])) if rank == 0 else contextlib.nullcontext():
             code = work(config)
             if code == exit_codes.FINISHED and rank == 0:
-                _register(step_dir, config, config_path)
+                record.register_finished(step_dir, config, config_path=config_path)
             return code
     except UserError as error:
         if rank > 0 and isinstance(error, SharedError):
@@ -84,11 +82,3 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or "output_dir" not in config:
         raise UserError("is not a composed config", where=str(path), hint="nemotron steps run composes one")
     return config
-
-
-def _register(step_dir: Path, config: Config, config_path: Path) -> None:
-    """Record what a finished run made. It has finished, whatever comes of this: what cannot be written is a warning."""
-    try:
-        record.register(step_dir, config, config_path=config_path)
-    except (UserError, OSError) as error:
-        log.warning("what this run made is not recorded: %s", str(error).removeprefix("error: "))
