@@ -60,7 +60,7 @@ def _makers(step: Step, composed: Composed, profile: Profile | None, chain: tupl
     for artifact, error in _consumed(step, composed):
         key = f"run.make_missing.{artifact.type}"
         named = composed.get(key)
-        if named is None:
+        if named is None or isinstance(error, _WrongKind):
             if error:
                 raise _nobody_makes(step, composed, artifact, error)
             continue
@@ -156,16 +156,39 @@ def _consumed(
                 path = find(str(value), port.key)
                 if path is None:
                     raise _UNSEEN
-                if port.type == "checkpoint_megatron":
-                    from nemotron_launch.trainer.checkpoints import resolve_checkpoint
-
-                    resolve_checkpoint(path, where=port.key)
-                elif not path.exists():
-                    raise UserError(f"there is no {port.type} {value}", where=port.key)
+                _check_model(artifact, path)
         except UserError as error:
             yield artifact, error
         else:
             yield artifact, None
+
+
+class _WrongKind(UserError):
+    """Something is there, and it is not what is wanted: making it would help nobody."""
+
+
+def _check_model(artifact: Artifact, path: Path) -> None:
+    """Raise where a checkpoint is not there, or is one of the other kind, with the step that converts it."""
+    from nemotron_launch.trainer.checkpoints import is_weights, newest_complete, resolve_checkpoint
+
+    if artifact.type == "checkpoint_megatron":
+        if (path / "config.json").is_file():
+            raise _WrongKind(
+                f"{artifact.value} is a Hugging Face model, not a checkpoint_megatron",
+                where=artifact.key,
+                hint=f"convert it first:  nemotron steps run convert/hf_to_megatron hf_path={artifact.value}",
+            )
+        resolve_checkpoint(path, where=artifact.key)
+        return
+    if not path.exists():
+        raise UserError(f"there is no {artifact.type} {artifact.value}", where=artifact.key)
+    folders = [path, *([newest] if (newest := newest_complete(path)) else [])]
+    if any((folder / "policy" / "weights").is_dir() or is_weights(folder) for folder in folders):
+        raise _WrongKind(
+            f"{artifact.value} is a Megatron checkpoint, not a {artifact.type}",
+            where=artifact.key,
+            hint=f"convert it first:  nemotron steps run convert/megatron_to_hf megatron_path={artifact.value}",
+        )
 
 
 def _check_data(artifact: Artifact, find: Locator) -> None:
@@ -217,7 +240,7 @@ def _nobody_makes(step: Step, composed: Composed, artifact: Artifact, error: Use
     types = load_artifacts()
     hints = [error.hint] if error.hint else []
     elsewhere = {port.type for port in step.consumes} - {artifact.type}
-    for maker in load_steps():
+    for maker in () if isinstance(error, _WrongKind) else load_steps():
         for port in maker.produces:
             if maker.id != step.id and port.type not in elsewhere and is_a(types, port.type, artifact.type):
                 hints.append(f"make it:  nemotron steps run {maker.id} {port.key}={artifact.value}")

@@ -85,6 +85,32 @@ def test_a_folder_that_is_no_checkpoint_is_refused(tree: Path, nemotron: Nemotro
     assert "checkpointing.pretrained: folder is not a checkpoint" in done.stderr
 
 
+def test_a_model_of_the_other_kind_is_refused_with_the_step_that_converts_it(
+    nemotron: Nemotron, tmp_path: Path
+) -> None:
+    """Also where a maker is named (tiny): what is there would not be made again. In the shipped steps."""
+    model, step = tmp_path / "model", tmp_path / "checkpoints/step_3"
+    (step / "policy/weights").mkdir(parents=True)
+    (step / "training_info.json").write_text("{}")
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    for config in ("tiny", "default"):
+        done = nemotron("steps", "run", "dpo", "-c", config, f"checkpointing.pretrained_checkpoint.path={model}")
+        assert done.returncode == 2
+        assert done.stderr == (
+            f"error: command line: checkpointing.pretrained_checkpoint.path: {model} is a Hugging Face model, "
+            "not a checkpoint_megatron\n"
+            f"       convert it first:  nemotron steps run convert/hf_to_megatron hf_path={model}\n"
+        )
+    for checkpoint in (step, step.parent):
+        done = nemotron("steps", "run", "hf_to_megatron", f"hf_path={checkpoint}")
+        assert done.returncode == 2
+        assert done.stderr == (
+            f"error: command line: hf_path: {checkpoint} is a Megatron checkpoint, not a checkpoint_hf\n"
+            f"       convert it first:  nemotron steps run convert/megatron_to_hf megatron_path={checkpoint}\n"
+        )
+
+
 def test_makers_in_a_circle_are_refused(tree: Path, nemotron: Nemotron) -> None:
     back = "run: {make_missing: {checkpoint_megatron: {step: rl/pairs, config: tiny}}}\n"
     with (tree / "sft/small/config/tiny.yaml").open("a") as config:

@@ -247,7 +247,7 @@ def resolve_checkpoint(path: Path, *, where: str | None = None) -> Path:
     if not path.exists():
         raise UserError(f"there is no checkpoint {path}", where=where, hint=_nearest(path))
     if path.is_dir():
-        if is_complete(path) or _is_weights(path):
+        if is_complete(path) or is_weights(path):
             return path
         for folder in (path, path / "checkpoints"):
             if complete := newest_complete(folder):
@@ -268,7 +268,7 @@ def newest_complete(folder: Path) -> Path | None:
 
 def weights_dir(checkpoint: Path) -> Path:
     """The torch_dist folder of what `resolve_checkpoint` found."""
-    if _is_weights(checkpoint):
+    if is_weights(checkpoint):
         return checkpoint
     weights = _newest_weights(checkpoint / WEIGHTS.parent)
     if weights is None:
@@ -321,14 +321,15 @@ def _nearest(path: Path) -> str:
     return f"{parent} has {', '.join(names[:8]) or 'nothing in it'}{', …' if len(names) > 8 else ''}"
 
 
-def _is_weights(path: Path) -> bool:
+def is_weights(path: Path) -> bool:
+    """Whether a folder holds torch_dist weights."""
     # torch_dist: metadata.json is megatron-core's, .metadata torch's; a step folder has neither.
     return (path / "metadata.json").is_file() and (path / ".metadata").is_file()
 
 
 def _newest_weights(folder: Path) -> Path | None:
     """The iteration of the highest number in `folder`; we write iter_0000000 only, Megatron-LM one for each save."""
-    found = [child for child in _children(folder) if child.name.startswith("iter_") and _is_weights(child)]
+    found = [child for child in _children(folder) if child.name.startswith("iter_") and is_weights(child)]
     return max(found, key=lambda child: child.name, default=None)
 
 
