@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nemotron_launch import images, quoting
+from nemotron_launch.backends.slurm_options import check_line_ends, sbatch_options, srun_args, word
 from nemotron_launch.errors import UserError
 from nemotron_launch.frozen import frozen
 from nemotron_launch.job import File, Job, Mount, Service
@@ -24,17 +25,6 @@ IMPORT = "import_image.sbatch"
 SECRETS = "secrets.env"
 SHELL = "shell.sh"
 SPAWN = "nemotron_launch.trainer.spawn"
-
-_SIGNALS = ("USR1", "TERM")
-# What the script itself relies on, or what has a key of its own in a profile.
-_OWN_OPTIONS = {
-    "job-name": "run_id", "J": "run_id", "output": "", "o": "", "error": "", "e": "", "open-mode": "", "wrap": "",
-    "parsable": "", "array": "", "a": "", "export": "env", "ntasks": "", "n": "", "ntasks-per-node": "",
-    "nodes": "nodes", "N": "nodes", "chdir": "remote_job_dir", "D": "remote_job_dir", "account": "account",
-    "A": "account", "partition": "partition", "p": "partition", "qos": "qos", "q": "qos", "time": "time", "t": "time",
-    "signal": "signal", "requeue": "requeue", "no-requeue": "requeue", "comment": "comment", "mail-user": "mail",
-    "mail-type": "mail", "mem": "mem", "cpus-per-task": "cpus_per_task", "c": "cpus_per_task", "wait": "", "W": "",
-}  # fmt: skip
 
 
 @frozen
@@ -54,7 +44,7 @@ def render_job(job: Job) -> Rendered:
     values = _values(job, found)
     text = fill_own(Path(job.template), values) if job.template else fill("slurm/job.sbatch.j2", values)
     if job.template:
-        _check_line_ends(text, job.template)
+        check_line_ends(text, job.template)
     files = [File(MAIN, text), File("node.sh", fill("slurm/node.sh.j2", _node_values(job, None)))]
     files.append(File(SHELL, fill("slurm/shell.sh.j2", values)))
     files += [
@@ -116,41 +106,41 @@ def _values(job: Job, found: Mapping[str, images.Image]) -> dict[str, Any]:
     image = found.get("image")
     return {
         "job": job,
-        "directives": _directives(job),
+        "directives": sbatch_options(job),
         "about": _about(job),
-        "run_dir": _word(job.run_dir),
-        "workdir": _word(job.workdir),
+        "run_dir": word(job.run_dir),
+        "workdir": word(job.workdir),
         "claimed": CLAIMED,
         "resume_code": job.restart.resume_code,
         "max_restarts": job.restart.max_restarts,
         "requeue": job.options.get("requeue", True),
         "name": job.run_id,
-        "comment": _word(f"{job.options['comment']} ", "comment") if job.options.get("comment") else "",
+        "comment": word(f"{job.options['comment']} ", "comment") if job.options.get("comment") else "",
         "checkpoints": _checkpoints(job),
-        "bundle": _word(job.bundle.file, "bundle") if job.bundle else "",
+        "bundle": word(job.bundle.file, "bundle") if job.bundle else "",
         "bundle_sha256": job.bundle.sha256 if job.bundle else "",
         "secrets": bool(job.secrets),
         "seen_from": job.nodes + sum(service.nodes for service in job.services),
-        "interface": _word(job.options["interface"], "interface") if job.options.get("interface") else "",
+        "interface": word(job.options["interface"], "interface") if job.options.get("interface") else "",
         "hang_timeout": int(job.options.get("hang_timeout") or 0),
         "points": len(job.points),
         "metrics": _metrics(job),
-        "image_uri": _word(image.uri, "image") if image and image.uri else "",
+        "image_uri": word(image.uri, "image") if image and image.uri else "",
         "image_path": _image_path(job, image) if image else "",
         "images": [
-            {"name": name, "path": _image_path(job, one), "uri": _word(one.uri, "image") if one.uri else ""}
+            {"name": name, "path": _image_path(job, one), "uri": word(one.uri, "image") if one.uri else ""}
             for name, one in found.items()
         ],
         "services": [_service(job, n) for n in range(len(job.services))],
         "trainer": _Step(
             "node",
-            (*_step_options(job, 0, job.nodes), *_container_options(job, ""), *_srun_args(job)),
+            (*_step_options(job, 0, job.nodes), *_container_options(job, ""), *srun_args(job)),
             _launcher(job, ""),
             _command(job),
         ),
         "shell": _Step(
             "shell",
-            ("--nodes=1", "--ntasks=1", "--mpi=none", f"--chdir={_word(job.workdir)}", *_container_options(job, "")),
+            ("--nodes=1", "--ntasks=1", "--mpi=none", f"--chdir={word(job.workdir)}", *_container_options(job, "")),
             _launcher(job, ""),
             "bash",
         ),
@@ -161,7 +151,7 @@ def _metrics(job: Job) -> str:
     """The file that grows with every step, as a word of the script."""
     if job.points:
         return '"$output_dir"/metrics.jsonl'
-    return _word(posixpath.join(job.workdir, job.output_dir, "metrics.jsonl"), "output_dir")
+    return word(posixpath.join(job.workdir, job.output_dir, "metrics.jsonl"), "output_dir")
 
 
 def _checkpoints(job: Job) -> str:
@@ -176,9 +166,9 @@ def _checkpoints(job: Job) -> str:
 
         folder = yaml.safe_load(folder)
     if not job.points:
-        return _word(posixpath.join(job.workdir, folder), "checkpointing.checkpoint_dir")
+        return word(posixpath.join(job.workdir, folder), "checkpointing.checkpoint_dir")
     inside = posixpath.relpath(posixpath.join(job.workdir, folder), job.points[0].output_dir)
-    return "" if inside.startswith("..") else f'"$output_dir"/{_word(inside)}'
+    return "" if inside.startswith("..") else f'"$output_dir"/{word(inside)}'
 
 
 def _command(job: Job) -> str:
@@ -196,87 +186,6 @@ def _about(job: Job) -> str:
     return re.sub(r"[\x00-\x1f\x7f\x85\u2028\u2029\ud800-\udfff]", "?", text)
 
 
-def _directives(job: Job) -> tuple[str, ...]:
-    """The options of sbatch without their `#SBATCH`, always in the same order, as sbatch's own parser reads them."""
-    options = job.options
-    found: list[str] = []
-
-    def give(option: str, value: Any, key: str = "") -> None:
-        if value is not None and value != "" and value != () and value != []:
-            text = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-            found.append(f"--{option}={sbatch(text, key or option.replace('-', '_'))}")
-
-    give("job-name", job.run_id)
-    if job.points:
-        found.append(f"--array=0-{len(job.points) - 1}" + (f"%{job.max_parallel}" if job.max_parallel else ""))
-    for option in ("account", "partition", "qos", "reservation", "constraint", "nodelist", "exclude"):
-        give(option, options.get(option))
-    give("nodes", job.nodes + sum(service.nodes for service in job.services))
-    give("ntasks-per-node", 1)
-    gpus, directive = _gpus_per_node(job), options.get("gpu_directive", "gpus-per-node")
-    if gpus and directive != "none":
-        give(directive, f"gpu:{gpus}" if directive == "gres" else gpus)
-    give("cpus-per-task", options.get("cpus_per_task"))
-    give("mem", options.get("mem"))
-    if options.get("exclusive"):
-        found.append("--exclusive")
-    give("time", options.get("time"))
-    give("signal", _signal(options.get("signal", "USR1@300")), "signal")
-    # Slurm's own requeue, after a node's failure or a preemption, is a restart like ours. Where it may not, another job
-    # goes on instead.
-    found.append("--requeue" if job.restart.max_restarts and options.get("requeue", True) else "--no-requeue")
-    give("network", options.get("network"))
-    give("segment", options.get("segment"))
-    mail = options.get("mail") or {}
-    give("mail-user", mail.get("user"), "mail.user")
-    give("mail-type", mail.get("type"), "mail.type")
-    give("comment", " ".join(filter(None, [str(options.get("comment") or ""), f"nemotron:{job.run_id}"])))
-    give("chdir", job.workdir, "remote_job_dir")
-    give("open-mode", "append")
-    # %A_%a: of an array, its number and the point's.
-    own = "slurm-%A_%a.out" if job.points else "slurm-%j.out"
-    give("output", posixpath.join(job.run_dir, own), "remote_job_dir")
-    return (*found, *_more("sbatch_args", options.get("sbatch_args") or (), sbatch))
-
-
-def _signal(value: str | None) -> str | None:
-    """To the batch script, which passes it on: B:USR1@300."""
-    if not value:
-        return None
-    found = re.fullmatch(r"(?:SIG)?([A-Z0-9]+)@(\d+)", value)
-    if not found or found.group(1) not in _SIGNALS:
-        hint = "USR1@300: USR1 or TERM, and how many seconds before the time limit"
-        raise UserError(f"the trainer does not listen to {value!r}", where="signal", hint=hint)
-    return f"B:{found.group(1)}@{found.group(2)}"
-
-
-def _more(key: str, arguments: Iterable[str], quote: Any) -> list[str]:
-    """A profile's further options, one an entry: `--licenses=x`, or `-L x` (the value quoted where it needs it)."""
-    quoted = []
-    for n, argument in enumerate(arguments):
-        where = f"{key}[{n}]"
-        found = re.fullmatch(r"--([a-z0-9-]+)(?:(=)(.*))?|-([A-Za-z])(?:()\s*(.+))?", argument, re.DOTALL)
-        if not found:
-            raise UserError(f"{argument!r} is no option", where=where, hint="one an entry, with = before its value")
-        option, sign, value = found.group(1) or found.group(4), found.group(2) or "", found.group(3) or found.group(6)
-        if key == "sbatch_args" and option in _OWN_OPTIONS:
-            own = _OWN_OPTIONS[option]
-            hint = f"use the profile's key {own}" if own else "the script relies on its own"
-            raise UserError(f"{'--' if found.group(1) else '-'}{option} cannot be set here", where=where, hint=hint)
-        start = f"--{option}{sign}" if found.group(1) else f"-{option}"
-        quoted.append(start + (quote(value, where) if value is not None else ""))
-    return quoted
-
-
-def _srun_args(job: Job) -> list[str]:
-    return _more("srun_args", job.options.get("srun_args") or (), _word)
-
-
-def _gpus_per_node(job: Job) -> int:
-    """Every node of an allocation is alike: as many GPUs as the one that needs most, the trainer's or a service's."""
-    return max([job.gpus_per_node, *(service.gpus for service in job.services if service.nodes)])
-
-
 def _step_options(job: Job, first: int, nodes: int) -> list[str]:
     """Where a step runs. `--cpus-per-task` is repeated since srun stopped inheriting it from sbatch (22.05)."""
     options = [f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1"]
@@ -284,7 +193,7 @@ def _step_options(job: Job, first: int, nodes: int) -> list[str]:
         options += [f"--relative={first}", "--overlap"]
     if job.options.get("cpus_per_task"):
         options.append(f"--cpus-per-task={int(job.options['cpus_per_task'])}")
-    mpi = _word(job.options.get("mpi") or "none", "mpi")
+    mpi = word(job.options.get("mpi") or "none", "mpi")
     return [*options, f"--mpi={mpi}", "--export=ALL", "--kill-on-bad-exit=1"]
 
 
@@ -295,8 +204,8 @@ def _container_options(job: Job, image: str) -> list[str]:
     mounts = ",".join(_pyxis_mount(n, mount) for n, mount in enumerate(_mounts(job)))
     return [
         f"--container-image={_variable(job, image)}",
-        f"--container-mounts={_word(mounts)}",
-        f"--container-workdir={_word(job.workdir)}",
+        f"--container-mounts={word(mounts)}",
+        f"--container-workdir={word(job.workdir)}",
         "--no-container-mount-home",
     ]
 
@@ -316,8 +225,8 @@ def _launcher(job: Job, image: str) -> str:
         if mount.read_only:
             hint = "charliecloud binds folders as they are; leave :ro away"
             raise UserError(f"{source} cannot be read-only", where=f"mounts[{n}]", hint=hint)
-        binds.append(f"--bind={_word(f'{source}:{target}')}")
-    return " ".join(["ch-run", *binds, f"--cd={_word(job.workdir)}", _variable(job, image), "--"])
+        binds.append(f"--bind={word(f'{source}:{target}')}")
+    return " ".join(["ch-run", *binds, f"--cd={word(job.workdir)}", _variable(job, image), "--"])
 
 
 def _mounts(job: Job) -> list[Mount]:
@@ -340,7 +249,7 @@ def _image_path(job: Job, image: images.Image) -> str:
             hint="make one:  ch-image pull …  and  ch-convert … /lustre/images/NAME.sqsh",
         )
     image_dir = images.folder(job.options, posixpath.dirname(job.run_dir))
-    return _word(image.path or posixpath.join(image_dir, image.squash_name), "image")
+    return word(image.path or posixpath.join(image_dir, image.squash_name), "image")
 
 
 def _service(job: Job, n: int) -> dict[str, Any]:
@@ -351,7 +260,7 @@ def _service(job: Job, n: int) -> dict[str, Any]:
         "variable": "NEMOTRON_SERVICE_" + re.sub(r"[^A-Z0-9]", "_", service.name.upper()),
         "first": first,
         "port": int(service.port),
-        "health": _word(service.health),
+        "health": word(service.health),
         "start_timeout": int(service.start_timeout),
         "step": _Step(
             service.name,
@@ -424,27 +333,16 @@ def _import_values(image: images.Image, options: Mapping[str, Any], home: str, l
     ]
     registry = image.uri.partition("://")[2].partition("#")[0] if "#" in image.uri else "docker.io"
     return {
-        "uri": _word(image.uri, "image"),
-        "uri_json": _word(quoting.json(image.uri, "image")),
-        "image_dir": _word(image_dir),
-        "squash": _word(posixpath.join(image_dir, image.squash_name)),
+        "uri": word(image.uri, "image"),
+        "uri_json": word(quoting.json(image.uri, "image")),
+        "image_dir": word(image_dir),
+        "squash": word(posixpath.join(image_dir, image.squash_name)),
         "registry": registry.rpartition("@")[2],
         "directives": directives,
     }
 
 
-def _word(value: object, key: str = "") -> str:
-    """A word of a script that sbatch is given: it takes none with the line ends of DOS."""
-    return _check_line_ends(sh(value, key), key)
-
-
 def _words(values: Iterable[object], key: str, own: Mapping[str, str] | None = None) -> str:
     """A command, with a new line of the script before each of its options. own: words that are quoted already."""
-    words = [(own or {}).get(str(value)) or _word(value, f"{key}[{n}]") for n, value in enumerate(values)]
+    words = [(own or {}).get(str(value)) or word(value, f"{key}[{n}]") for n, value in enumerate(values)]
     return " ".join(f"\\\n    {word}" if n and word.startswith("--") else word for n, word in enumerate(words))
-
-
-def _check_line_ends(text: str, where: str) -> str:
-    if "\r\n" in text:
-        raise UserError("sbatch takes no script with a carriage return before a line's end", where=where)
-    return text
