@@ -30,7 +30,7 @@ from nemotron_launch.data_prep.minhash import Near
 from nemotron_launch.data_prep.progress import Bar
 from nemotron_launch.data_prep.selection import FATES, TRAIN, VALIDATION, Part, Rules, Selection, select
 from nemotron_launch.data_prep.shards import Shard, Written
-from nemotron_launch.data_prep.sources import File, Unit, cut, dataset_files, list_files, need_zstandard
+from nemotron_launch.data_prep.sources import Dataset, File, Unit, cut, dataset_files, list_files, need_zstandard
 from nemotron_launch.data_prep.units import INDEX, Task, name_of, read_array, write_whole
 from nemotron_launch.errors import UserError
 from nemotron_launch.resources import display
@@ -121,24 +121,26 @@ def _open(config: Mapping[str, Any], step_dir: Path) -> Preparation:
 
 def _datasets(blend: Blend, config: Mapping[str, Any]) -> dict[tuple[int, int], list[str]]:
     """Files of every saved and hub dataset. Raises one UserError that lists those that cannot be had."""
-    found: dict[tuple[int, int], list[str]] = {}
-    missing = []
-    for number, source in enumerate(blend.sources):
-        for i, entry in enumerate(source.entries):
-            if entry.kind == "file":
-                continue
-            try:
-                found[number, i] = _dataset(entry.kind, entry.name, source.subset, source.split, config)
-            except UserError as error:
-                missing.append(f"{source.where}: {error.message}" + (f"; {error.hint}" if error.hint else ""))
+    places = [
+        (number, i, Dataset(entry.kind, entry.name, source.subset, source.split))
+        for number, source in enumerate(blend.sources)
+        for i, entry in enumerate(source.entries)
+        if entry.kind != "file"
+    ]
+    found = _load([dataset for _, _, dataset in places], config)
+    missing = [
+        f"{blend.sources[n].where}: {one}" for (n, _, _), one in zip(places, found, strict=True) if type(one) is str
+    ]
     if missing:
         raise _missing_on_hub(blend, missing)
-    return found
+    return {(n, i): files for (n, i, _), files in zip(places, found, strict=True) if isinstance(files, list)}
 
 
-def _dataset(kind: str, name: str, subset: str | None, split: str, config: Mapping[str, Any]) -> list[str]:
+def _load(wanted: Sequence[Dataset], config: Mapping[str, Any]) -> list[list[str] | str]:
+    if not wanted:
+        return []
     offline = config["offline"] if config["offline"] is not None else hub_is_offline()
-    return pool.apart(dataset_files, kind, name, subset, split, config["cache_dir"], offline)
+    return pool.apart(dataset_files, wanted, config["cache_dir"], offline)
 
 
 def _missing_on_hub(blend: Blend, missing: Sequence[str]) -> UserError:
@@ -243,29 +245,31 @@ def _first_pass(made: Preparation, task: Task, workers: int, bar: Bar) -> list[s
     hashes = [""] * len(made.files)
     while True:
         open_units = [unit for unit in made.units if not (made.work / f"{name_of(unit)}.json").exists()]
-        needs: dict[str, list[str]] = {}
+        needs: Counter[str] = Counter()
+        missing: list[str] = []
         with pool.Pool(workers, task, datasets) as workers_pool:
             for done in workers_pool.units(open_units):
                 bar.advance(done.size if not done.needs else 0)
-                for name, (count, line) in done.needs.items():
-                    unit = made.units[done.unit]
-                    place = f"{made.files[unit.file].name}, line {line} of byte {unit.begin}"
-                    needs.setdefault(name, []).append(f"{count} {place}")
+                needs.update(done.needs)
             if not needs:
                 for number, digest in workers_pool.hashes([file.path for file in made.files]):
                     hashes[number] = digest
                 return hashes
-        missing = []
-        for name in sorted(needs):
-            reference = made.blend.references[name]
-            rows = sum(int(one.partition(" ")[0]) for one in needs[name])
-            try:
-                kind = "saved" if Path(reference.path).is_dir() else "hub"
-                datasets[name] = _dataset(kind, reference.path, reference.subset, reference.split, made.config)
-            except UserError as error:
-                missing.append(f"{error.message} (for {rows} rows of {name})")
+        names = sorted(needs)
+        for name, found in zip(names, _load([_named_by(made, name) for name in names], made.config), strict=True):
+            if isinstance(found, list):
+                datasets[name] = found
+            else:
+                missing.append(f"{found} (for {needs[name]} rows of {name})")
         if missing:
             raise _missing_on_hub(made.blend, missing)
+
+
+def _named_by(made: Preparation, name: str) -> Dataset:
+    """The public dataset that placeholder rows call so."""
+    reference = made.blend.references[name]
+    kind = "saved" if Path(reference.path).is_dir() else "hub"
+    return Dataset(kind, reference.path, reference.subset, reference.split)
 
 
 def _refuse_bad(made: Preparation) -> Counter[str]:

@@ -21,6 +21,7 @@ from nemotron_launch.errors import UserError
 
 T = TypeVar("T")
 _PR_SET_PDEATHSIG = 1
+_M_MMAP_THRESHOLD = -3
 _PRELOADED = ("nemotron_launch.data_prep.pool",)
 _worker: Worker | None = None
 
@@ -97,6 +98,7 @@ def _begin(task: Task, datasets: Mapping[str, Sequence[str]], own: bool = True) 
     global _worker
     if own:
         _die_with_parent()
+    give_memory_back()
     _worker = Worker(task, datasets)
 
 
@@ -108,6 +110,12 @@ def _die_with_parent() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def give_memory_back() -> None:
+    """Have large blocks returned to the system when they are freed: glibc otherwise comes to keep them."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 4 << 20)
 
 
 def _do(unit: Unit) -> Done:

@@ -42,7 +42,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Rules:
-    """What decides; as in the step's config. near None: near duplicates stay. leakage: drop, report or ignore."""
+    """What decides; as in the step's config. near None: near duplicates stay. leakage: drop, report or off."""
 
     target: str
     seed: int
@@ -175,7 +175,7 @@ def _draw_validation(parts: Sequence[Part], folder: Path, rules: Rules, fate: np
 
 
 def _find_leaks(parts: Sequence[Part], folder: Path, rules: Rules, fate: np.ndarray, of: np.ndarray) -> tuple[int, int]:
-    if rules.leakage == "ignore" or not (fate == VALIDATION).any():
+    if rules.leakage == "off" or not (fate == VALIDATION).any():
         return 0, 0
     texts = Texts(parts, folder, rules.target, lambda row: row.prompt)
     asked = [folder / f"{part.name}.asked" for part in parts]

@@ -19,7 +19,7 @@ from nemotron_launch.data_prep.sources import need_zstandard
 from nemotron_launch.data_prep.units import ORDER, PREFIX_BITS, PREFIXES, TABLE, read_array
 
 #: Bytes of parts that are merged at once, where a single prefix does not hold more.
-RANGE_BYTES = 32 << 20
+RANGE_BYTES = 16 << 20
 
 #: Rows of a range of which so few bytes are wanted are read one by one.
 _SPARSE = 8
@@ -133,10 +133,7 @@ def _range(
     parts: Sequence[str], folder: Path, code: int, begin: int, end: int
 ) -> tuple[bytearray, np.ndarray, np.ndarray]:
     """Rows of a range of prefixes: their bytes, and where each begins (int64) and its size, by ascending key."""
-    data = bytearray()
-    keys: list[np.ndarray] = []
-    starts: list[np.ndarray] = []
-    sizes: list[np.ndarray] = []
+    slices = []
     for name in parts:
         (first, first_byte), (last, last_byte) = (
             read_array(folder / f"{name}.table", TABLE, prefix, 1)[0].tolist() for prefix in (begin, end)
@@ -147,23 +144,36 @@ def _range(
         if not take.any():
             continue
         order = read_array(folder / f"{name}.order", ORDER, first, last - first)
-        ends = np.cumsum(order["size"], dtype=np.int64)
-        size = order["size"][take].astype(np.int64)
-        offset = ends[take] - size
+        offset = np.cumsum(order["size"], dtype=np.int64)[take] - order["size"][take]
+        slices.append((name, first_byte, last_byte - first_byte, order[take], offset))
+    data = bytearray(sum(_wanted(size, order) for _, _, size, order, _ in slices))
+    view = memoryview(data)
+    keys: list[np.ndarray] = []
+    starts: list[np.ndarray] = []
+    sizes: list[np.ndarray] = []
+    filled = 0
+    for name, begins, size, order, offset in slices:
+        own = order["size"].astype(np.int64)
         with (folder / f"{name}.rows").open("rb", buffering=0) as stream:
-            if int(size.sum()) * _SPARSE < last_byte - first_byte:
-                starts.append(len(data) + np.cumsum(size) - size)
-                for at, length in zip(offset.tolist(), size.tolist(), strict=True):
-                    data += os.pread(stream.fileno(), length, first_byte + at)
+            if _wanted(size, order) < size:
+                starts.append(filled + np.cumsum(own) - own)
+                for at, length in zip(offset.tolist(), own.tolist(), strict=True):
+                    filled += os.preadv(stream.fileno(), [view[filled : filled + length]], begins + at)
             else:
-                starts.append(len(data) + offset)
-                data += os.pread(stream.fileno(), last_byte - first_byte, first_byte)
-        keys.append(order["key"][take])
-        sizes.append(size)
+                starts.append(filled + offset)
+                filled += os.preadv(stream.fileno(), [view[filled : filled + size]], begins)
+        keys.append(order["key"])
+        sizes.append(own)
     if not keys:
         return data, np.zeros(0, np.int64), np.zeros(0, np.int64)
     by_key = np.argsort(np.concatenate(keys), kind="stable")
     return data, np.concatenate(starts)[by_key], np.concatenate(sizes)[by_key]
+
+
+def _wanted(size: int, order: np.ndarray) -> int:
+    """Bytes to read of a slice: all of it, or only the rows that are taken where these are few."""
+    taken = int(order["size"].sum())
+    return taken if taken * _SPARSE < size else size
 
 
 def _ranges(stored: np.ndarray, begin: int, end: int) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -139,33 +140,46 @@ def sha256_of(path: str) -> str:
         raise file_error(error, path) from error
 
 
-def dataset_files(
-    kind: str, name: str, subset: str | None, split: str, cache_dir: str | None, offline: bool
-) -> list[str]:
-    """The Arrow files of a saved or hub dataset, downloaded where needed. Raises UserError.
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """A saved dataset's folder (kind `saved`) or a hub id (`hub`), one of its configurations and splits."""
 
-    Run it in a process of its own: `datasets` takes more memory than all the rest.
+    kind: str
+    name: str
+    subset: str | None
+    split: str
+
+
+def dataset_files(wanted: Sequence[Dataset], cache_dir: str | None, offline: bool) -> list[list[str] | str]:
+    """For each dataset its Arrow files, downloaded where needed; or, as a text, why it cannot be had.
+
+    Run it in a process of its own: the library `datasets` takes more memory than all the rest.
     """
     import datasets
 
     datasets.disable_progress_bars()
-    if kind == "saved":
-        data = datasets.load_from_disk(name)
-        if isinstance(data, datasets.DatasetDict):
-            if split not in data:
-                raise UserError(f"{name} has no split {split}", hint=f"it has {', '.join(data)}")
-            data = data[split]
-    else:
-        if offline:
-            datasets.config.HF_HUB_OFFLINE = True
-            datasets.config.HF_DATASETS_OFFLINE = True
+    if offline:
+        datasets.config.HF_HUB_OFFLINE = True
+        datasets.config.HF_DATASETS_OFFLINE = True
+    found: list[list[str] | str] = []
+    for one in wanted:
+        shown = f"{one.name}{f' ({one.subset})' if one.subset else ''}, split {one.split}"
         try:
-            data = datasets.load_dataset(name, subset, split=split, cache_dir=cache_dir)
+            if one.kind == "saved":
+                data = datasets.load_from_disk(one.name)
+                if isinstance(data, datasets.DatasetDict):
+                    if one.split not in data:
+                        found.append(f"{shown}: there is no such split, only {', '.join(data)}")
+                        continue
+                    data = data[one.split]
+            else:
+                data = datasets.load_dataset(one.name, one.subset, split=one.split, cache_dir=cache_dir)
         except Exception as error:  # the hub's client raises its own kinds, the HTTP library's, OSError and ValueError
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            why = "not in the local cache, and the hub cannot be reached" if offline else first
-            raise UserError(f"{name}{f' ({subset})' if subset else ''}, split {split}: {why}") from None
-    return [str(file["filename"]) for file in data.cache_files]
+            why = "not in the local cache, and the hub cannot be reached" if offline else _first_line(error)
+            found.append(f"{shown}: {_first_line(error) if one.kind == 'saved' else why}")
+            continue
+        found.append([str(file["filename"]) for file in data.cache_files])
+    return found
 
 
 def arrow_batches(path: str) -> Iterator[Any]:
@@ -251,8 +265,9 @@ def _decompressed(path: str) -> Iterator[bytes]:
         return
     zstandard = need_zstandard(path)
     try:
-        with zstandard.open(path, "rb") as stream:
-            yield from stream
+        with Path(path).open("rb") as packed:
+            reader = zstandard.ZstdDecompressor().stream_reader(packed, read_across_frames=True)
+            yield from io.BufferedReader(reader, 1 << 20)
     except zstandard.ZstdError as error:
         raise UserError(f"is no zstd file ({error})", where=path) from error
 

@@ -72,10 +72,10 @@ class Task:
 
 @dataclass(frozen=True)
 class Done:
-    """What became of a unit. needs: public datasets that its rows name and nobody has given; then it is not done."""
+    """What became of a unit. needs: public datasets that nobody has given, and how many of its rows name each; a unit
+    with such rows is not done. size: bytes that were read."""
 
-    unit: int
-    needs: Mapping[str, tuple[int, int]]
+    needs: Mapping[str, int]
     size: int
 
 
@@ -119,7 +119,7 @@ class Worker:
         bad = (task.folder / f"{name_of(unit)}.bad").open("wb")
         read = lines = bytes_read = 0
         reasons: dict[str, int] = {}
-        needs: dict[str, tuple[int, int]] = {}
+        needs: dict[str, int] = {}
         parts: list[dict[str, int]] = []
         with bad:
             for raw in sources.rows(file, unit):
@@ -132,8 +132,7 @@ class Worker:
                     prepared = self._prepared(raw, prepare)
                     part.add(raw, prepared, _line(prepared.data))
                 except Unresolved as open_one:
-                    count, first = needs.get(open_one.dataset, (0, raw.line))
-                    needs[open_one.dataset] = (count + 1, first)
+                    needs[open_one.dataset] = needs.get(open_one.dataset, 0) + 1
                 except BadRow as problem:
                     reason = str(problem)
                     reasons[reason] = reasons.get(reason, 0) + 1
@@ -145,7 +144,7 @@ class Worker:
             parts.append(part.write(f"{name_of(unit)}-{len(parts):04d}"))
             mark = {"parts": parts, "read": read, "lines": lines, "reasons": reasons}
             write_whole(task.folder / f"{name_of(unit)}.json", json.dumps(mark).encode())
-        return Done(unit.number, needs, bytes_read if unit.end < 0 else unit.end - unit.begin)
+        return Done(needs, bytes_read if unit.end < 0 else unit.end - unit.begin)
 
     def _prepared(self, raw: Raw, prepare: Callable[[dict[str, Any]], Prepared]) -> Prepared:
         if raw.data is None:
