@@ -40,8 +40,13 @@ class Terminal:
 
     def follow(self, run: Run) -> int:
         from nemotron_launch.cli.following import follow_to_end
+        from nemotron_launch.jobs.follow import Detached
 
-        return follow_to_end(self.ledger, self.backends, [run], on_interrupt=self.on_interrupt)
+        try:
+            return follow_to_end(self.ledger, self.backends, [run], on_interrupt=self.on_interrupt)
+        except Detached as error:
+            hint = f"{error.hint}\nthe pipeline's command, run again, follows it and goes on behind it"
+            raise Detached(error.message, hint=hint, exit_code=error.exit_code) from None
 
     def close(self) -> None:
         """Print what waits for the end."""

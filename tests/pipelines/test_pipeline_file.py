@@ -240,6 +240,15 @@ def test_a_shipped_pipeline_is_found_by_its_name_and_others_by_their_path(three:
         find_pipeline("nowhere/p.yaml")
 
 
+@pytest.mark.parametrize("file", sorted(pipelines_dir().glob("*.yaml")), ids=lambda file: file.stem)
+@pytest.mark.parametrize("profile", [None, "local", "slurm", "lepton"])
+def test_shipped_pipelines_compile_wherever_they_may_run(file: Path, profile: str | None) -> None:
+    shipped = pipelines_dir().parent / "profiles"
+    planned = compile_pipeline(load_pipeline(file), profile=profile, profiles_path=shipped)
+    assert all(one.compiled.rendered.text for one in planned)
+    assert [key for one in planned for key in one.binds]
+
+
 def test_the_schema_describes_every_key_that_a_stage_has() -> None:
     from nemotron_launch.pipelines.file import _STAGE_KEYS
 
