@@ -14,7 +14,6 @@ from nemotron_launch.artifacts import ABOVE, registry
 from nemotron_launch.artifacts.mermaid import quoted
 from nemotron_launch.artifacts.references import place_of
 from nemotron_launch.artifacts.registry import Entry
-from nemotron_launch.errors import UserError
 from nemotron_launch.frozen import field, frozen
 from nemotron_launch.jobs.ledger import Ledger
 from nemotron_launch.jobs.run import Run
@@ -94,10 +93,8 @@ def of_run(ledger: Ledger, run_id: str) -> Lineage:
 def _root(ledger: Ledger, text: str) -> str:
     try:
         return registry.find_any(ledger, text).label
-    except UserError:
-        if "@" in text or len(runs := ledger.find(text)) > 1:
-            raise
-    return runs[0].run_id  # it has made nothing
+    except registry.NothingMade as error:
+        return error.run_id
 
 
 def _label(name: str, version: int) -> str:

@@ -132,7 +132,7 @@ def register(
 
 
 def register_finished(step_dir: Path, config: Mapping[str, Any], *, config_path: Path) -> None:
-    """`register` at the end of a step, which has finished whatever comes of this: what cannot be written is a warning."""
+    """`register` at the end of a step, which has finished whatever comes of it: what cannot be written is a warning."""
     try:
         register(step_dir, config, config_path=config_path)
     except (UserError, OSError) as error:

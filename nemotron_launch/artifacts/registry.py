@@ -10,6 +10,7 @@ import json
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from nemotron_launch.artifacts.record import FILE, Made, Record, Used, as_bytes,
 from nemotron_launch.errors import UserError
 from nemotron_launch.frozen import field, frozen
 from nemotron_launch.hosts import Host
-from nemotron_launch.jobs.ledger import Ledger
+from nemotron_launch.jobs.ledger import LAST, Ledger
 from nemotron_launch.jobs.run import Run
 
 if TYPE_CHECKING:
@@ -30,6 +31,14 @@ _GRACE = (
     120.0  # seconds in which the record of a run that has just finished may still be on its way through a file system
 )
 _LATEST = "latest"
+
+
+class NothingMade(UserError):
+    """The run has made no artifact."""
+
+    def __init__(self, run_id: str, why: str) -> None:
+        super().__init__(f"{run_id} {why}", hint=f"nemotron jobs status {run_id}")
+        self.run_id = run_id
 
 
 @frozen
@@ -103,8 +112,6 @@ def find(ledger: Ledger, text: str) -> Entry:
         raise UserError(f"{text}: a version is a number, not {version!r}", hint=hint)
     versions = entries(ledger, name=name)
     if not versions:
-        from difflib import get_close_matches
-
         names = [row[0] for row in ledger.query("SELECT DISTINCT name FROM artifacts ORDER BY name")]
         near = get_close_matches(name, names, n=1)
         hint = f"did you mean {near[0]}?" if near else "nemotron artifacts list shows them"
@@ -121,21 +128,31 @@ def find(ledger: Ledger, text: str) -> Entry:
 def find_any(ledger: Ledger, text: str) -> Entry:
     """The entry that a person means: NAME@VERSION, NAME, or a run's id, the unique start of one, or `last`.
 
-    UserError: there is none, or the run has made nothing.
+    UserError: there is none. NothingMade: the run has made none.
     """
     if "@" in text or ledger.query("SELECT 1 FROM artifacts WHERE name = ? LIMIT 1", [text]):
         return find(ledger, text)
     if by_run := ledger.query("SELECT name, version FROM artifacts WHERE run_id = ?", [text]):
         return find(ledger, "@".join(map(str, by_run[0])))
+    run = run_named(ledger, text)
+    if found := of_run(ledger, run.run_id):
+        return found
+    why = "left no record of what it made" if run.state == "finished" else f"is {run.state}: it has made nothing yet"
+    raise NothingMade(run.run_id, why)
+
+
+def run_named(ledger: Ledger, text: str) -> Run:
+    """The run of a name that no artifact has. UserError: none has it, or a sweep of several points."""
+    if not ledger.names(text) and text != LAST:
+        names = [row[0] for row in ledger.query("SELECT DISTINCT name FROM artifacts ORDER BY name")]
+        near = get_close_matches(text, [*names, *ledger.names()], n=1)
+        hint = f"did you mean {near[0]}?" if near else "nemotron artifacts list, and nemotron jobs list, show them"
+        raise UserError(f"there is no artifact and no run {text!r}", hint=hint)
     runs = ledger.find(text)
     if len(runs) > 1:
         hint = f"a point of it is, for example, {runs[0].run_id}"
         raise UserError(f"{runs[0].sweep} is a sweep of {len(runs)} points", hint=hint)
-    run = runs[0]
-    if found := of_run(ledger, run.run_id):
-        return found
-    why = "left no record of what it made" if run.state == "finished" else f"is {run.state}: it has made nothing yet"
-    raise UserError(f"{run.run_id} {why}", hint=f"nemotron jobs status {run.run_id}")
+    return runs[0]
 
 
 def as_data(one: Entry) -> dict[str, Any]:
