@@ -31,7 +31,10 @@ class Figure:
     stacked: bool = False
 
     def as_data(self) -> dict[str, Any]:
-        lines = [{"metric": one.metric, "label": one.label, "band": one.band} for one in self.lines]
+        lines = [
+            {"metric": one.metric, "label": one.label, "band": list(one.band) if one.band else None}
+            for one in self.lines
+        ]
         return {**vars(self), "lines": lines}
 
 
