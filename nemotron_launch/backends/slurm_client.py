@@ -12,17 +12,16 @@ from nemotron_launch import image_jobs
 from nemotron_launch.backends import slurm_scripts as scripts
 from nemotron_launch.backends.live import POINTS, LogSource, Refused, Seen, Submission
 from nemotron_launch.backends.slurm import MAIN, SECRETS, SHELL
-from nemotron_launch.backends.slurm_errors import is_lost, no_answer, refused, said
+from nemotron_launch.backends.slurm_errors import is_lost, no_answer, refused
 from nemotron_launch.backends.slurm_output import (
     Folder,
-    Record,
     folders,
     newest,
     restarts_before,
     sacct,
-    scontrol,
     squeue,
 )
+from nemotron_launch.backends.slurm_queue import Queue
 from nemotron_launch.backends.slurm_states import FALLEN, judge
 from nemotron_launch.errors import UserError
 from nemotron_launch.frozen import replace
@@ -43,8 +42,7 @@ class SlurmClient:
         self.host = host
         self._patience = patience
         self._settle = settle
-        self._accounting = True  # until sacct says otherwise
-        self._formats = True  # whether squeue knows our fields
+        self._queue = Queue(host, patience=patience)
 
     # Submission.
 
@@ -70,7 +68,7 @@ class SlurmClient:
 
     def submit_successor(self, run: Run) -> Submission:
         """See Backend."""
-        folder = self._folders([run]).get(run.state_dir, Folder())
+        folder = self._queue.folders_of([run]).get(run.state_dir, Folder())
         before = folder.holder or run.job_id
         if folder.heir:
             return Submission(folder.heir, run.cluster)
@@ -91,7 +89,7 @@ class SlurmClient:
 
     def _used(self, run: Run, job_id: str) -> int:
         """How often a run had been restarted when this job of its began its last attempt."""
-        record = self._records({"": (job_id, run.cluster)}).get("")
+        record = self._queue.records({"": (job_id, run.cluster)}).get("")
         return restarts_before(record.comment) + (record.restarts or 0) if record else run.attempt
 
     def _after(self, run: Run, after: Sequence[Run]) -> list[str]:
@@ -118,7 +116,7 @@ class SlurmClient:
         script = image_jobs.ensure(run.run_dir, force=force)
         done = self.host.run(script, timeout=max(60.0, self._patience))
         if done.code == scripts.NO_SLURM:
-            raise self._no_slurm("sbatch")
+            raise self._queue.no_slurm("sbatch")
         if done.code and is_lost(done):
             raise no_answer("sbatch", done)
         try:
@@ -154,7 +152,7 @@ class SlurmClient:
                 if done.code == 0 and (answer := _ANSWER.findall(done.stdout)):
                     return self._submitted(run, *answer[-1])
                 if done.code == scripts.NO_SLURM:
-                    raise self._no_slurm("sbatch")
+                    raise self._queue.no_slurm("sbatch")
                 if done.code and done.code != scripts.BUSY and not is_lost(done):
                     self._forget_secrets([run])
                     raise self._too_many(done) or refused(run, done)
@@ -215,7 +213,7 @@ class SlurmClient:
         """Who carries the run, by its folder, the queue and the accounting; and whether an sbatch is still at it."""
         name, place = _name(run), list(dict.fromkeys([run.state_dir, run.run_dir]))
         days = max(1, int((time.time() - run.created) // 86400) + 2)
-        text = scripts.look(place, name, days, accounting=self._accounting, clusters=_clusters(run))
+        text = scripts.look(place, name, days, accounting=self._queue.accounting, clusters=_clusters(run))
         done = self.host.run(text, timeout=max(30.0, self._patience))
         parts = dict(re.findall(r"^==(\w+)\n(.*?)(?=^==|\Z)", done.stdout, re.MULTILINE | re.DOTALL))
         seen = folders(parts.get("folders", ""))
@@ -253,7 +251,7 @@ class SlurmClient:
             return Submission(job_id, run.cluster), busy
         code = parts.get("code", "").strip()
         if code == str(scripts.NO_SLURM):
-            raise self._no_slurm("squeue")
+            raise self._queue.no_slurm("squeue")
         if code != "0" and "Invalid job id" not in done.stderr:
             raise no_answer("squeue", done)
         return None, busy
@@ -262,11 +260,11 @@ class SlurmClient:
 
     def poll(self, runs: Sequence[Run]) -> dict[str, Seen]:
         """See Backend. One squeue for all; the folders, sacct and a second squeue only for those that ended."""
-        records = self._records({run.run_id: (run.job_id, run.cluster) for run in runs if run.job_id})
+        records = self._queue.records({run.run_id: (run.job_id, run.cluster) for run in runs if run.job_id})
         ended = [run for run in runs if not (record := records.get(run.run_id)) or record.over]
         if not ended:
             return {run.run_id: seen for run in runs if (seen := judge(records[run.run_id], Folder()))}
-        places = self._folders(ended)
+        places = self._queue.folders_of(ended)
         # Where another job has taken over, that one counts.
         moved = {}
         for run in ended:
@@ -275,12 +273,12 @@ class SlurmClient:
             now = place.heir or place.holder
             if now and now not in place.past and now not in (run.job_id, record.job_id if record else ""):
                 moved[run.run_id] = (now, run.cluster)
-        now_there = self._records(moved)
+        now_there = self._queue.records(moved)
         records = {run_id: record for run_id, record in records.items() if run_id not in moved} | now_there
         unknown = {
             run.run_id: moved.get(run.run_id, (run.job_id, run.cluster)) for run in ended if run.run_id not in records
         }
-        records |= self._accounted({run_id: key for run_id, key in unknown.items() if key[0]})
+        records |= self._queue.accounted({run_id: key for run_id, key in unknown.items() if key[0]})
         found = {}
         for run in runs:
             record, place = records.get(run.run_id), places.get(run.state_dir, Folder())
@@ -310,58 +308,6 @@ class SlurmClient:
             if why[run.run_dir]
         }
 
-    def _records(self, wanted: Mapping[str, tuple[str, str]]) -> dict[str, Record]:
-        """By key: what the controller knows of these (job id, cluster)."""
-        found: dict[str, Record] = {}
-        for cluster in {cluster for _, cluster in wanted.values()}:
-            keys = {key: job_id for key, (job_id, where) in wanted.items() if where == cluster}
-            bases = list(dict.fromkeys(job_id.partition("_")[0] for job_id in keys.values()))
-            by_id = {record.job_id: record for record in self._squeue(bases, cluster)}
-            for key, job_id in keys.items():
-                if record := by_id.get(job_id) or _whole(job_id, by_id):
-                    found[key] = record
-        return found
-
-    def _squeue(self, jobs: Sequence[str], cluster: str) -> list[Record]:
-        if self._formats:
-            done = self._ask("squeue", scripts.squeue(jobs, cluster))
-            if "Invalid job format" not in done.stderr:
-                return squeue(done.stdout)
-            self._formats = False
-        return scontrol(self._ask("scontrol", scripts.scontrol(jobs, cluster)).stdout)
-
-    def _accounted(self, wanted: Mapping[str, tuple[str, str]]) -> dict[str, Record]:
-        """By key: what the accounting knows of jobs that the controller has forgotten; nothing where there is none."""
-        found: dict[str, Record] = {}
-        for cluster in {cluster for _, cluster in wanted.values()}:
-            keys = {key: job_id for key, (job_id, where) in wanted.items() if where == cluster}
-            if not self._accounting:
-                continue
-            bases = list(dict.fromkeys(job_id.partition("_")[0] for job_id in keys.values()))
-            done = self.host.run(scripts.sacct(bases, cluster), timeout=self._patience)
-            if done.code:
-                # None here, or its database is away: the folders tell.
-                self._accounting = not (done.code == scripts.NO_SLURM or "disabled" in done.stderr)
-                continue
-            by_id = {record.job_id: record for record in sacct(done.stdout)}
-            found |= {key: record for key, job_id in keys.items() if (record := by_id.get(job_id))}
-        return found
-
-    def _folders(self, runs: Sequence[Run]) -> dict[str, Folder]:
-        paths = "".join(f"{run.state_dir}\n" for run in runs)
-        return folders(self.host.run(scripts.FOLDERS, stdin=paths.encode()).stdout) if paths else {}
-
-    def _ask(self, command: str, script: str) -> Result:
-        """A question to the controller. That it does not know a job is an answer."""
-        done = self.host.run(script, timeout=max(30.0, self._patience))
-        if done.code == scripts.NO_SLURM:
-            raise self._no_slurm(command)
-        if done.code and not re.search(r"Invalid job id|Invalid job format|already complet", done.stderr):
-            if is_lost(done):
-                raise no_answer(command, done)
-            raise UserError(f"{command}: {said(done)}", where=self.host.name or None, exit_code=1)
-        return done
-
     # Ending.
 
     def cancel(self, runs: Sequence[Run]) -> None:
@@ -374,13 +320,13 @@ class SlurmClient:
             if run.job_id:
                 jobs.setdefault(run.cluster, []).append(run.job_id)
         wanted = {(_name(run), run.point) for run in runs}
-        for record in squeue(self._ask("squeue", scripts.squeue_names(names)).stdout):
+        for record in squeue(self._queue.ask("squeue", scripts.squeue_names(names)).stdout):
             task = record.job_id.partition("_")[2]
             asked = {(record.name, None), (record.name, int(task) if task else None)} & wanted
             if asked and not record.over:
                 jobs.setdefault(names[record.name].cluster, []).append(record.job_id)
         for cluster, ids in jobs.items():
-            self._ask("scancel", scripts.scancel(dict.fromkeys(ids), cluster))
+            self._queue.ask("scancel", scripts.scancel(dict.fromkeys(ids), cluster))
         self._forget_secrets(runs)
 
     def _forget_secrets(self, runs: Sequence[Run]) -> None:
@@ -418,13 +364,6 @@ class SlurmClient:
         script = posixpath.join(run.run_dir, SHELL)
         return self.host.interactive(f"exec bash {scripts.sh(script)} {scripts.sh(run.job_id)}")
 
-    def _no_slurm(self, command: str) -> UserError:
-        at = self.host.name or "this machine"
-        hint = "use a login node: tunnel: {type: ssh, host: …}"
-        if self.host.name:
-            hint = "where it comes from modules, set tunnel.remote_shell: login"
-        return UserError(f"no {command} on {at}", where="tunnel", hint=hint, exit_code=1)
-
 
 def open_client(contact: Mapping[str, Any]) -> SlurmClient:
     """The Slurm of a profile's `tunnel`."""
@@ -440,13 +379,6 @@ def _clusters(run: Run) -> str:
     """The clusters that the profile names for sbatch, where a lost submission must be looked for."""
     found = [re.fullmatch(r"(?:--clusters?=|-M\s*)(.+)", one) for one in run.options.get("sbatch_args") or ()]
     return next((one.group(1) for one in found if one), run.cluster)
-
-
-def _whole(job_id: str, by_id: Mapping[str, Record]) -> Record | None:
-    """Of an array asked for as a whole: a point that is not over, else the last one."""
-    if "_" in job_id:
-        return None
-    return newest(record for each, record in by_id.items() if each.partition("_")[0] == job_id)
 
 
 def _natural(name: str) -> list[Any]:

@@ -55,7 +55,7 @@ def test_what_the_controller_has_forgotten_is_in_sacct_or_in_the_folder(site: Si
     assert site.client.find(lost) == Submission(lost_job)
 
     # Without accounting the folder is all that is left; where it holds no end, the run is lost.
-    site.client._accounting = False
+    site.client._queue.accounting = False
     seen = site.client.poll([good, bad, replace(gone, run_dir="/nowhere", state_dir="/nowhere")])
     assert {run_id: (one.state, one.exit_code) for run_id, one in seen.items()} == {
         good.run_id: ("finished", 0),
