@@ -54,15 +54,21 @@ def _file_name(data: dict[str, Any]) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    """Write the page whole or not at all."""
+    """Write the page, a file whole or not at all."""
     from nemotron_launch.errors import UserError
 
-    passing = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        passing.write_text(text, encoding="ascii")
-        passing.replace(path)
+        if path.exists() and not path.is_file():  # a pipe, a device; a folder says so itself
+            path.write_text(text, encoding="ascii")
+            return
+        passing = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            passing.write_text(text, encoding="ascii")
+            passing.replace(path)
+        except OSError:
+            with suppress(OSError):
+                passing.unlink(missing_ok=True)
+            raise
     except OSError as error:
-        with suppress(OSError):
-            passing.unlink(missing_ok=True)
         hint = "choose another place with -o"
         raise UserError((error.strerror or str(error)).lower(), where=str(path), hint=hint, exit_code=1) from None
