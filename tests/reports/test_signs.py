@@ -171,7 +171,7 @@ BAD: list[tuple[str, str, dict[str, Series]]] = [
                 "Rewards hardly differ",
                 {"train__groups_without_variance": lambda s: 0.9, "train__all_best_groups": lambda s: 0.1},
             ),
-            ("The policy goes far", {"train__reference_kl": lambda s: s / 100}),
+            ("The policy goes far", {"train__reference_kl": lambda s: s / 50}),
             ("Clipping stops", {"train__clip_high_share": lambda s: 0.3}),
             ("The policy has become nearly certain", {"train__approx_entropy": lambda s: 0.5 / s**1.3}),
             ("Answers are cut off", {"train__truncation_rate": lambda s: 0.25}),

@@ -156,8 +156,29 @@ def test_nothing_is_warned_of(tiny: Done) -> None:
     from nemotron_launch.reports.sources import config_of, open_folder, update
 
     steps = {"sft-tiny": "sft/megatron", "dpo-tiny": "rl/nemo_rl/dpo", "rlvr-tiny": "rl/nemo_rl/rlvr"}
+    steps["rlhf-tiny"] = "rl/nemo_rl/rlhf"
     files = {name: open_folder(tiny.folder / name) for name in steps if (tiny.folder / name / "metrics.jsonl").exists()}
     assert files.keys() >= {"sft-tiny", "dpo-tiny"}
     update(files.values(), print)
     for name, one in files.items():
         assert warnings_of(find_step(steps[name]), config_of(one), one.metrics()) == []
+
+
+def test_the_aligned_policy_goes_to_hugging_face_and_back(tiny: Done) -> None:
+    """transformers alone answers with what was trained; two tensor-parallel processes make a checkpoint of it again."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    done = nemotron(tiny.folder, "convert/hf_to_megatron", "-c", "tiny")
+    assert "running convert/megatron_to_hf -c tiny first" in done.said
+    assert "running rl/nemo_rl/dpo" not in done.said
+    assert done.said.count("logits of both sides on 134 tokens: largest difference") == 2
+    assert (tiny.folder / "hf_to_megatron-tiny/checkpoints/step_0/training_info.json").is_file()
+    folder = tiny.folder / "megatron_to_hf-tiny/hf"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    rows = (steps_dir() / "rl/nemo_rl/dpo/data/validation.jsonl").read_text().splitlines()[:20]
+    right = 0
+    for row in map(json.loads, rows):
+        ids = tokenizer(row["prompt"], return_tensors="pt")
+        answer = model.generate(**ids, max_new_tokens=16, do_sample=False)[0, ids["input_ids"].shape[1] :]
+        right += tokenizer.decode(answer, skip_special_tokens=True) == row["chosen"]
+    assert right >= 19
