@@ -160,6 +160,7 @@ def _run(asked: _Asked, name: str) -> Run | Entry:
             return forgotten[0]
         raise asked.said(error) from None
     if len(found) > 1:
+        found = sorted(found, key=lambda run: run.point or 0)
         points = [run.run_id for run in found if run.state == "finished"] or [found[0].run_id]
         hint = "one of  " + "  ".join(f"run:{point}" for point in points[:8])
         raise asked.problem(f"{found[0].sweep} is a sweep of {len(found)} points", hint)

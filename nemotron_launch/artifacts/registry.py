@@ -112,9 +112,8 @@ def find(ledger: Ledger, text: str) -> Entry:
         raise UserError(f"{text}: a version is a number, not {version!r}", hint=hint)
     versions = entries(ledger, name=name)
     if not versions:
-        names = [row[0] for row in ledger.query("SELECT DISTINCT name FROM artifacts ORDER BY name")]
-        near = get_close_matches(name, names, n=1)
-        hint = f"did you mean {near[0]}?" if near else "nemotron artifacts list shows them"
+        near = _near(name, _names(ledger))
+        hint = f"did you mean {near}?" if near else "nemotron artifacts list shows them"
         raise UserError(f"there is no artifact {name}", hint=hint)
     if not at or version == _LATEST:
         return max(versions, key=lambda one: one.version)
@@ -144,15 +143,24 @@ def find_any(ledger: Ledger, text: str) -> Entry:
 def run_named(ledger: Ledger, text: str) -> Run:
     """The run of a name that no artifact has. UserError: none has it, or a sweep of several points."""
     if not ledger.names(text) and text != LAST:
-        names = [row[0] for row in ledger.query("SELECT DISTINCT name FROM artifacts ORDER BY name")]
-        near = get_close_matches(text, [*names, *ledger.names()], n=1)
-        hint = f"did you mean {near[0]}?" if near else "nemotron artifacts list, and nemotron jobs list, show them"
+        near = _near(text, [*_names(ledger), *ledger.names()])
+        hint = f"did you mean {near}?" if near else "nemotron artifacts list, and nemotron jobs list, show them"
         raise UserError(f"there is no artifact and no run {text!r}", hint=hint)
     runs = ledger.find(text)
     if len(runs) > 1:
         hint = f"a point of it is, for example, {runs[0].run_id}"
         raise UserError(f"{runs[0].sweep} is a sweep of {len(runs)} points", hint=hint)
     return runs[0]
+
+
+def _names(ledger: Ledger) -> list[str]:
+    return [row[0] for row in ledger.query("SELECT DISTINCT name FROM artifacts ORDER BY name")]
+
+
+def _near(text: str, names: Sequence[str]) -> str | None:
+    """The name that is nearest to a text, or begins with it."""
+    beginning = [name for name in names if text and name.startswith(text)]
+    return next(iter([*get_close_matches(text, names, n=1), *beginning]), None)
 
 
 def as_data(one: Entry) -> dict[str, Any]:
