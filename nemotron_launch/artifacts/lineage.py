@@ -238,34 +238,29 @@ def _run_node(run: Run) -> Node:
 
 def tree(lineage: Lineage) -> str:
     """The lineage for a terminal: what it was made of, and what uses it, each with what it was made of or used by."""
-    root = lineage.nodes[lineage.root]
-    lines = [_described(root)]
-    for title, links, end in (
-        ("made of", lineage.sources, _maker),
-        ("used by", lineage.users, _user),
-    ):
-        below = list(_branches(lineage, lineage.root, links, end, "", {lineage.root}))
+    lines = [_described(lineage.nodes[lineage.root])]
+    for title, end, other in (("made of", _user, _maker), ("used by", _maker, _user)):
+        below = list(_branches(lineage, end, other))
         lines += ["", title, *(below or ["└─ nothing that is known"])]
     return "\n".join(lines)
 
 
-def _branches(
-    lineage: Lineage,
-    node: str,
-    links: Callable[[str], list[Link]],
-    end: Callable[[Link], str],
-    indent: str,
-    seen: set[str],
-) -> Iterator[str]:
-    found = links(node)
-    for n, link in enumerate(found):
-        last = n + 1 == len(found)
-        other = lineage.nodes[end(link)]
-        again = other.id in seen and bool(links(other.id))
-        yield f"{indent}{'└─' if last else '├─'} {_described(other, link)}{'  (see above)' if again else ''}"
-        if other.id not in seen:
-            seen.add(other.id)
-            yield from _branches(lineage, other.id, links, end, indent + ("   " if last else "│  "), seen)
+def _branches(lineage: Lineage, end: Callable[[Link], str], other: Callable[[Link], str]) -> Iterator[str]:
+    """The lines of a tree over links from one of their ends to the other; what has been shown is not opened again."""
+    below: dict[str, list[Link]] = {}
+    for link in lineage.links:
+        below.setdefault(end(link), []).append(link)
+    seen = {lineage.root}
+    left = [(link, "", n == 0) for n, link in enumerate(reversed(below.get(lineage.root, [])))]
+    while left:
+        link, indent, last = left.pop()
+        node = lineage.nodes[other(link)]
+        again = node.id in seen and node.id in below
+        yield f"{indent}{'└─' if last else '├─'} {_described(node, link)}{'  (see above)' if again else ''}"
+        if node.id not in seen:
+            seen.add(node.id)
+            deeper = indent + ("   " if last else "│  ")
+            left += [(one, deeper, n == 0) for n, one in enumerate(reversed(below.get(node.id, [])))]
 
 
 def _described(node: Node, link: Link | None = None) -> str:
