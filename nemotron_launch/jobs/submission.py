@@ -7,6 +7,7 @@ needs, for it to be submitted again; the executor gets it; the row is completed.
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from nemotron_launch.backends.live import Backend, Refused, open_backend
 from nemotron_launch.errors import UserError
 from nemotron_launch.frozen import replace
-from nemotron_launch.hosts import Unreachable, Upload
+from nemotron_launch.hosts import Host, Unreachable, Upload
 from nemotron_launch.job import Job
 from nemotron_launch.jobs.ledger import Ledger
 from nemotron_launch.jobs.process import identity
@@ -127,14 +128,16 @@ def submit(
 
     run: by new_run. files: by uploads. points: by point_of. after: runs that must finish first, of the same executor.
     backend: the run's, if it is open already. env: where the secrets' values are (default: this process's). UserError:
-    a secret is not set, the id is taken, the host is down, the ledger cannot be used: nothing was written. Refused: the
-    executor said no, and the row says so. Unreachable after that: the next command finds out.
+    a secret is not set, the id is taken, the host is down, an artifact that is named is gone from it, the ledger cannot
+    be used: nothing was written. Refused: the executor said no, and the row says so. Unreachable after that: the next
+    command finds out.
     """
     rows = list(points) or [run]
     secret = secret_files(run, os.environ if env is None else env)
     waits = check_after(run, after)
     backend = backend or open_backend(run.executor, run.contact)
     notes = backend.check(run, files)  # a wrong key, a host that is down: said before there is anything to settle
+    _check_named(backend.host, rows)
     passing = _keep_apart(ledger.folder, run.run_id, files)
     try:
         ledger.add(rows, before=lambda: _keep(ledger.folder, run.run_id, passing))
@@ -216,6 +219,20 @@ def check_after(run: Run, after: Sequence[Run]) -> list[Run]:
             raise UserError(f"{other.run_id} runs elsewhere: {run.executor} cannot wait for it", hint=hint)
         waits.append(other)
     return waits
+
+
+def _check_named(host: Host | None, rows: Sequence[Run]) -> None:
+    """Raise where an artifact that a run names is gone from the machine that will read it."""
+    named = {str(use["place"]): use for run in rows for use in run.uses if use.get("name")}
+    if host is None or not named:
+        return
+    answer = host.run(f'for path in {shlex.join(named)}; do [ -e "$path" ] || printf "%s\\n" "$path"; done')
+    for path in answer.stdout.splitlines():
+        if use := named.get(path):
+            label = f"{use['name']}@{use['version']} (run {use['run_id']})"
+            hint = f"nemotron artifacts show {use['name']}@{use['version']} says of what it was made"
+            where = f" on {host.name}" if host.name else ""
+            raise UserError(f"{use['key']}={use['text']}: {label} is gone: there is no {path}{where}", hint=hint)
 
 
 def secret_files(run: Run, env: Mapping[str, str]) -> list[Upload]:
