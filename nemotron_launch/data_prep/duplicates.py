@@ -25,7 +25,7 @@ DISTINCT, EXACT, NEAR = 0, 1, 2
 Texts = Callable[[np.ndarray], Sequence[str]]
 
 #: Rows that one bucket file holds about, and records read at once: they bound the memory, not the result.
-BUCKET_ROWS = 1 << 20
+BUCKET_ROWS = 1 << 19
 CHUNK_ROWS = 1 << 15
 
 #: In a group of rows that agree in a band, each row is compared with so many earlier ones that are distinct; rows that
@@ -33,6 +33,8 @@ CHUNK_ROWS = 1 << 15
 LEADERS = 16
 
 _PAIRS_AT_ONCE = 1024
+#: What tells the hashes of one side's rows from those of another's.
+_SALTS = np.arange(256, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ def find(
     sides: np.ndarray | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> Found:
-    """Which rows repeat an earlier one. Memory: about 40 MiB and 6 bytes a row; the rest lies in `folder`.
+    """Which rows repeat an earlier one. Memory: about 50 MiB and 5 bytes a row; the rest lies in `folder`.
 
     parts: files of records, in source order; near: as their records were made with, None to leave near duplicates in;
     texts: gives the rows' texts, by which candidates are compared (needed with near). folder: for files of at most
@@ -124,7 +126,6 @@ def find(
     dtype = record(near)
     total = sum(part.stat().st_size // dtype.itemsize for part in parts)
     found = Found(np.zeros(total, np.uint8), np.arange(total, dtype=np.uint32))
-    salt = None if sides is None else sides.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
 
     def used(first: int, count: int) -> np.ndarray:
         """Numbers of the rows of a chunk that are still looked at."""
@@ -136,8 +137,8 @@ def find(
         for first, records in chunks(parts, dtype):
             rows = used(first, len(records))
             exact = records["exact"][rows - first]
-            if salt is not None:
-                exact[:, 0] ^= salt[rows]
+            if sides is not None:
+                exact[:, 0] ^= _SALTS[sides[rows]]
             buckets.add(0, exact, rows)
         for hashes, rows in buckets.of(0):
             _mark_exact(found, hashes, rows)
@@ -149,8 +150,8 @@ def find(
         for first, records in chunks(parts, dtype):
             rows = used(first, len(records))
             hashes = records["bands"][rows - first]
-            if salt is not None:
-                hashes ^= salt[rows][:, None]
+            if sides is not None:
+                hashes ^= _SALTS[sides[rows]][:, None]
             for band in range(bands):
                 buckets.add(band, hashes[:, band : band + 1], rows)
         for band in range(bands):

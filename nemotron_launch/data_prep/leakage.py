@@ -13,7 +13,7 @@ from nemotron_launch.data_prep.minhash import Near
 #: Sides of a row, as `find` is told them.
 OUT, TRAIN, VALIDATION = 0, 1, 2
 
-#: Validation rows whose records are in memory at once (30 MiB); with more, the training rows are read several times.
+#: Validation rows whose records are in memory at once (50 MiB); with more, the training rows are read several times.
 SLICE_ROWS = 1 << 16
 
 _TABLE_BITS = 20
