@@ -84,7 +84,9 @@ class Browser:
     def click(self, selector: str) -> None:
         from selenium.webdriver.common.by import By
 
-        self.driver.find_element(By.CSS_SELECTOR, selector).click()
+        found = self.driver.find_element(By.CSS_SELECTOR, selector)
+        self.run("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", found)
+        found.click()
 
     def type(self, selector: str, text: str) -> None:
         """Type into an element; the empty selector types at whatever has the focus."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import posixpath
 import signal
 import sys
 import time
@@ -19,7 +18,7 @@ from nemotron_launch.cli.job_tables import state_line
 from nemotron_launch.cli.jobs import RUNS, opened
 from nemotron_launch.cli.watch_view import Facts, curves_of, number, table_view, view
 from nemotron_launch.errors import UserError
-from nemotron_launch.jobs.follow import MOST_LOGS, Answer, Detached, Pace, follow
+from nemotron_launch.jobs.follow import Answer, Detached, Pace, any_ended, follow
 from nemotron_launch.jobs.ledger import Ledger
 from nemotron_launch.jobs.log_stream import LogStream, Piece
 from nemotron_launch.jobs.log_text import clean, ends
@@ -353,9 +352,7 @@ def _any_ended(backends: Backends, runs: Sequence[Run]) -> bool:
     """Whether a folder says that its run is over, before the executor was asked."""
     for group in backends.groups(run for run in runs if run.state in LIVE):
         with suppress(UserError):
-            host = backends.of(group[0]).host
-            paths = {posixpath.join(run.state_dir, "exit_code"): 0 for run in group}
-            if host and len(paths) <= MOST_LOGS and host.read(paths):
+            if any_ended(backends.of(group[0]).host, group):
                 return True
     return False
 

@@ -10,7 +10,7 @@ from typing import Literal, Protocol
 
 from nemotron_launch.backends.live import Backend
 from nemotron_launch.errors import UserError
-from nemotron_launch.hosts import Unreachable
+from nemotron_launch.hosts import Host, Unreachable
 from nemotron_launch.jobs.ledger import Ledger
 from nemotron_launch.jobs.log_stream import LogStream, Piece, Wanted
 from nemotron_launch.jobs.run import OVER, Run
@@ -65,6 +65,12 @@ class Pace:
     @property
     def left(self) -> float:
         return max(0.0, self._next - time.monotonic())
+
+
+def any_ended(host: Host | None, runs: Sequence[Run]) -> bool:
+    """Whether a folder of these runs, if they are few, says that its run is over, before its executor was asked."""
+    paths = {posixpath.join(run.state_dir, "exit_code"): 0 for run in runs}
+    return bool(host and 0 < len(paths) <= MOST_LOGS and host.read(paths))
 
 
 class Detached(UserError):
@@ -208,10 +214,7 @@ class _Following:
         return any_news
 
     def _ended(self) -> bool:
-        """Whether a folder says that its run is over, before the executor was asked."""
-        host = self.backend.host
-        paths = {posixpath.join(run.state_dir, "exit_code"): 0 for run in self._live()}
-        return bool(host and 0 < len(paths) <= MOST_LOGS and host.read(paths))
+        return any_ended(self.backend.host, self._live())
 
     def _bear(self, error: Unreachable) -> None:
         """A connection that is away: say so once, try again, until patience ends."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from nemotron_launch.backends.live import Backend, LogSource
 from nemotron_launch.errors import UserError
-from nemotron_launch.jobs.follow import Pace
+from nemotron_launch.jobs.follow import Pace, any_ended
 from nemotron_launch.jobs.ledger import Ledger
 from nemotron_launch.jobs.run import LIVE, Run
 from nemotron_launch.jobs.run_folder import Progress
@@ -65,6 +65,7 @@ class Place(threading.Thread):
         self.problem = ""
         self._wake, self._ended = threading.Event(), False
         self._waits, self._works = Pace(1.0, 15.0), Pace(5.0, 30.0)
+        self._ending = Pace(1.0, 5.0)
 
     def ask_list(self, runs: Sequence[Run]) -> None:
         """The list is open, and these of its runs live here."""
@@ -135,6 +136,11 @@ class Place(threading.Thread):
         runs = {run.run_id: run for run in [*listed, *(one.run for one in open_)]}
         live = [now for name in runs if (now := self.rows.runs.get(name)) and now.state in LIVE]
         pace = self._works if all(run.state == "running" for run in live) else self._waits
+        opened = [run for run in live if run.run_id in self.watched and self.watched[run.run_id].open()]
+        if opened and self._ending.due():
+            self._ending.done(False)
+            if any_ended(backends.of(opened[0]).host, opened):
+                pace.now()
         if not live or not pace.due():
             return
         problems: list[str] = []
@@ -144,7 +150,7 @@ class Place(threading.Thread):
         self.rows.tell_progress(progress_of(backends, running, problems.append))
         self.problem = problems[0] if problems else ""
         news = [one.run for one in known] != live
-        for pace in (self._waits, self._works):
+        for pace in (self._waits, self._works, self._ending):
             pace.done(news)
         for one in known:
             if (watched := self.watched.get(one.run.run_id)) and one.seen:

@@ -46,6 +46,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self, port: int, gate: Callable[[int], Gate] = new_gate) -> None:
         super().__init__(("127.0.0.1", port), Handler)
         self.gate = gate(self.server_address[1])
+        self.ended = False
         self.rows = Rows()
         self.places = Places(self.rows)
 
@@ -62,6 +63,7 @@ class Server(ThreadingHTTPServer):
         """A browser that goes away in the middle of an answer is nothing to tell."""
 
     def close(self) -> None:
+        self.ended = True  # for the connections that are open
         self.places.end()
         self.server_close()
 
@@ -98,6 +100,9 @@ class Handler(BaseHTTPRequestHandler):
     timeout = 60
 
     def do_GET(self) -> None:
+        if self.server.ended:
+            self.close_connection = True
+            return
         try:
             self._answer()
         except Problem as problem:
@@ -200,7 +205,7 @@ def _runs(server: Server, query: Query) -> Any:
     """The list, or what has changed in it."""
     found = server.rows.since(_number(query, "since"))
     server.places.ask_list()
-    return {**found, "away": server.places.problems()}
+    return {**found, "away": [text for text in server.places.problems() if text != found["problem"]]}
 
 
 def _report(server: Server, query: Query) -> Any:

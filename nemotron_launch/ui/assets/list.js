@@ -14,6 +14,7 @@
   const drawn = new Map(); // id → [what it was drawn from, row]
   const chosen = new Set();
   const open = new Set(); // sweeps that are unfolded
+  const chipOf = new Map(); // state → its chip
   const sizes = new Map(); // of sweeps
   let change = 0, now = Date.now() / 1000, drawing = 0;
   const asked = new URLSearchParams(location.search);
@@ -98,10 +99,10 @@
   function box(names, label) {
     const all = names.every((name) => chosen.has(name));
     const input = h("input", {type: "checkbox", "aria-label": `choose ${label}`, onchange: () => {
-      for (const name of names) input.checked ? chosen.add(name) : chosen.delete(name);
+      for (const name of input.names) input.checked ? chosen.add(name) : chosen.delete(name);
       draw();
     }});
-    input.checked = all;
+    Object.assign(input, { names, checked: all });
     input.indeterminate = !all && names.some((name) => chosen.has(name));
     return cell("box", h("label", { class: "hit"}, input));
   }
@@ -173,14 +174,28 @@
     return wanted;
   }
 
+  // A row keeps its elements while it is drawn again: whoever presses or reads one of them is not disturbed.
   function row([name, source, make, mark]) {
     const known = drawn.get(name);
     const same = known && known.mark === mark && (Array.isArray(source) ?
       known.source.length === source.length && source.every((run, n) => run === known.source[n]) : known.source === source);
     if (same && now - known.at < (LIVE.has(source.state) ? 5 : 60)) return known.row;
-    const made = make();
-    drawn.set(name, {source, mark, row: made, at: now});
-    return made;
+    const made = make(), old = known && known.row;
+    const kept = old && old.children.length === made.children.length;
+    if (kept) {
+      old.className = made.className;
+      [...made.children].forEach((cell, n) => {
+        const before = old.children[n], box = cell.querySelector("input"), mine = before.querySelector("input");
+        if (box && mine) Object.assign(mine, { names: box.names, checked: box.checked, indeterminate: box.indeterminate });
+        else if (before.outerHTML !== cell.outerHTML) before.replaceWith(cell);
+      });
+    }
+    drawn.set(name, { source, mark, row: kept ? old : made, at: now });
+    return kept ? old : made;
+  }
+
+  function put(parent, children) {
+    if (children.length !== parent.children.length || children.some((one, n) => one !== parent.children[n])) parent.replaceChildren(...children);
   }
 
   // The page.
@@ -216,12 +231,20 @@
     const counts = {};
     for (const run of list) counts[run.state] = (counts[run.state] || 0) + 1;
     const states = ORDER.filter((state) => counts[state] || state === wants.state);
-    const chip = (state, label, many) => h("button", { class: `chip ${state}`, "aria-pressed": String(wants.state === state),
-      "data-state": state, onclick: () => { wants.state = wants.state === state ? "" : state; changed(); }},
-    state ? h("i", { class: `dot ${state}`}) : null, label, h("span", { class: "many"}, many));
-    const focus = document.activeElement && chips.contains(document.activeElement) ? document.activeElement.dataset.state : null;
-    chips.replaceChildren(chip("", "all", list.length), ...states.map((state) => chip(state, state, counts[state] || 0)));
-    if (focus !== null) chips.querySelector(`[data-state="${focus}"]`)?.focus();
+    put(chips, ["", ...states].map((state) => chip(state, state ? counts[state] || 0 : list.length)));
+  }
+
+  function chip(state, many) {
+    if (!chipOf.has(state)) {
+      chipOf.set(state, h("button", { class: "chip", type: "button", "data-state": state, onclick: () => {
+        wants.state = wants.state === state ? "" : state;
+        changed();
+      } }, state ? h("i", { class: `dot ${state}` }) : null, state || "all", h("span", { class: "many" })));
+    }
+    const made = chipOf.get(state);
+    made.lastChild.textContent = many;
+    made.setAttribute("aria-pressed", String(wants.state === state));
+    return made;
   }
 
   function draw() {
@@ -240,7 +263,7 @@
     const mine = ++drawing;
     const drawnAll = body.dataset.all === "yes";
     const most = drawnAll ? Math.max(CHUNK, body.children.length) : CHUNK;
-    body.replaceChildren(...wanted.slice(0, most).map(row));
+    put(body, wanted.slice(0, most).map(row));
     body.dataset.all = wanted.length <= most ? "yes" : "";
     if (wanted.length > most) setTimeout(() => drawMore(wanted, most, mine), 0);
     if (focused) body.querySelector(`tr[data-run="${CSS.escape(focused)}"] ${kind === "INPUT" ? "input" : kind === "BUTTON" ? "button" : "a"}`)?.focus({preventScroll: true});
@@ -324,6 +347,6 @@
     if (data.change < change) return location.reload(); // another server has taken this one's place
     const moving = [...runs.values()].some((run) => LIVE.has(run.state));
     if (take(data) || moving || now - lastDrawn > 30) { lastDrawn = now; draw(); }
-  }, () => ([...runs.values()].some((run) => LIVE.has(run.state)) ? 2 : 4));
+  }, () => 2);
   let lastDrawn = now;
 })();

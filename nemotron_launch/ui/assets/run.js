@@ -112,5 +112,5 @@
   main.append(box, logs);
   addEventListener("hashchange", () => { if (["", "#plots", "#logs"].includes(location.hash)) view(); });
   view();
-  UI.keepLooking(look, () => (Object.values(live).some((now) => UI.LIVE.has(now.state)) ? 2 : 10));
+  UI.keepLooking(look, () => (Object.values(live).some((now) => UI.LIVE.has(now.state)) ? 1 : 10));
 })();
