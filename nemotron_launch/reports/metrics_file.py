@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import marshal
 import math
 from array import array
 from bisect import bisect_left
@@ -33,7 +34,6 @@ class MetricsFile:
         self.file = file
         self.offset = 0  # bytes taken so far, the torn line at the end included
         self.last: dict[str, Any] = {}  # the last line, completed by those of its step
-        self.problems: list[str] = []
         self.bad_lines = 0
         self.restarts = 0  # how often the steps went back
         self._steps: dict[str, array[int]] = {}
@@ -41,6 +41,7 @@ class MetricsFile:
         self._torn = b""
         self._tail = b""
         self._lines = 0
+        self._problems: list[tuple[int, str]] = []  # line, what is wrong; line 0 is the whole file
 
     # What is in it.
 
@@ -61,6 +62,11 @@ class MetricsFile:
     def values(self, name: str) -> Sequence[float]:
         """Its values at these steps; NaN where the line has null."""
         return self._values.get(name) or array("d")
+
+    @property
+    def problems(self) -> list[str]:
+        """What is wrong with lines that were left out, the first ones."""
+        return [f"{self.file}:{line}: {text}" if line else f"{self.file}: {text}" for line, text in self._problems]
 
     @property
     def last_step(self) -> int | None:
@@ -92,6 +98,33 @@ class MetricsFile:
             torn, self._torn = self._torn, b""
             self._take([torn])
 
+    def packed(self, *, since: int = 0) -> bytes:
+        """All of it, for `join` in another process. since: the offset at which its first byte stands in the file."""
+        columns = [(name, self._steps[name].tobytes(), self._values[name].tobytes()) for name in self._steps]
+        first = min((steps[0] for steps in self._steps.values() if steps), default=None)
+        head = (self.offset - since, self._tail, self._torn, self._lines, self.bad_lines, self._problems, self.restarts)
+        return marshal.dumps((head, first, json.dumps(self.last), columns))
+
+    def join(self, packed: bytes) -> bool:
+        """Add what another one has read of the bytes that follow; False, and nothing done, where it must be read here.
+
+        That is where the run went back from one part to the other, or a line was torn between them.
+        """
+        head, first, last, columns = marshal.loads(packed)
+        offset, tail, torn, lines, bad, problems, restarts = head
+        behind = first is None or self.last_step is None or first > self.last_step
+        if self._torn or not behind or len(self._steps.keys() | {name for name, *_ in columns}) > _MOST_NAMES:
+            return False
+        for name, steps, values in columns:
+            self._steps.setdefault(name, array("q")).frombytes(steps)
+            self._values.setdefault(name, array("d")).frombytes(values)
+        self._problems = [*self._problems, *((line and line + self._lines, text) for line, text in problems)]
+        del self._problems[_MOST_PROBLEMS:]
+        self.offset, self._tail, self._torn = self.offset + offset, (self._tail + tail)[-_KEPT_BACK:], torn
+        self._lines, self.bad_lines, self.restarts = self._lines + lines, self.bad_lines + bad, self.restarts + restarts
+        self.last = json.loads(last) or self.last
+        return True
+
     def _take(self, lines: Sequence[bytes]) -> None:
         """Add some lines, all at once if they are whole, as nearly all are."""
         try:
@@ -108,16 +141,16 @@ class MetricsFile:
             return
         row = _parsed(line)
         if row is None:
-            self._problem(f"{self.file}:{number}: is not a JSON object; the line is left out")
+            self._problem(number, "is not a JSON object; the line is left out")
         elif _step(row) is None:
-            self._problem(f"{self.file}:{number}: has no step; the line is left out")
+            self._problem(number, "has no step; the line is left out")
         else:
             self._add(row)
 
-    def _problem(self, text: str) -> None:
+    def _problem(self, line: int, text: str) -> None:
         self.bad_lines += 1
-        if len(self.problems) < _MOST_PROBLEMS:
-            self.problems.append(text)
+        if len(self._problems) < _MOST_PROBLEMS:
+            self._problems.append((line, text))
 
     def _add_block(self, rows: Sequence[Any]) -> bool:
         """Add rows, those with the same names as columns; False, and nothing done, where one of them is no row."""
@@ -171,8 +204,9 @@ class MetricsFile:
 
     def _append(self, name: str, step: int, value: float | None) -> None:
         if name not in self._steps and len(self._steps) >= _MOST_NAMES:
-            if not any("different names" in text for text in self.problems):
-                self.problems.append(f"{self.file}: more than {_MOST_NAMES} different names; the rest is left out")
+            problem = (0, f"more than {_MOST_NAMES} different names; the rest is left out")
+            if problem not in self._problems:
+                self._problems.append(problem)
             return
         try:
             number = _NAN if value is None else float(value)

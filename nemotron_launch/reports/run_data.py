@@ -19,6 +19,7 @@ FORMAT = 1
 POINTS = 1000  # of a curve: more than a screen has columns for
 _POINTS_OF_ALL = 6000  # shared by the runs of one page
 _FEWEST = 120
+_VALUES = 40_000  # points of all curves of a run
 _SAMPLES = 60  # answers that a page shows of a run
 _LONGEST_TEXT = 4000  # characters of an answer
 _TILES = 8
@@ -95,6 +96,7 @@ def run_data(
     of them; null where a step has no number. Secrets are masked.
     """
     metrics, config = one.metrics(), config_of(one)
+    points = max(_FEWEST, min(points, _VALUES // max(1, len(metrics.names))))
     return {
         "name": one.name,
         **_row(one, config),
@@ -194,6 +196,7 @@ def thinned(
     count = len(steps)
     if count <= points:
         return list(steps), {"y": [_number(value) for value in values]}
+    values = values.tolist() if isinstance(values, array) else values
     x: list[float] = []
     y: list[float | None] = []
     lo: list[float | None] = []

@@ -17,6 +17,7 @@ from nemotron_launch.hosts.here import Here
 from nemotron_launch.jobs.run import LIVE, Run
 from nemotron_launch.jobs.settle import Backends, Warn
 from nemotron_launch.reports.metrics_file import MetricsFile
+from nemotron_launch.reports.parts import read_long
 from nemotron_launch.resources import display
 
 METRICS, SAMPLES, CONFIG = "metrics.jsonl", "samples.jsonl", "config.yaml"
@@ -81,7 +82,9 @@ class RunFiles:
     def _read_cache(self) -> None:
         if self._cache is None:
             return
+        read_long(self._metrics, self._cache)
         with suppress(OSError), self._cache.open("rb") as file:
+            file.seek(self._metrics.offset)
             while piece := file.read(_PIECE):
                 self._metrics.feed(piece)
 
@@ -149,6 +152,10 @@ def update(files: Iterable[RunFiles], warn: Warn) -> None:
 
 
 def _update_metrics(host: Host, group: Sequence[RunFiles]) -> None:
+    if not host.name:
+        for one in group:
+            if not one.metrics().offset:
+                read_long(one.metrics(), Path(one.path(METRICS)))
     left = list(group)
     while left:
         asked = {one.path(METRICS): offset for one in left for offset in one._wanted().values()}

@@ -6,9 +6,11 @@ import json
 import math
 import random
 import time
+from pathlib import Path
 
 import pytest
 
+from nemotron_launch.reports import parts
 from nemotron_launch.reports.metrics_file import MetricsFile
 
 
@@ -156,3 +158,36 @@ def test_a_hundred_thousand_lines_take_about_as_long_as_parsing_them() -> None:
     metrics = read(text)
     assert time.process_time() - began < 3 * parsed
     assert len(metrics.times) == 10_000
+
+
+LONG_ROWS = [{"step": step, "time": 1e9 + step, "loss": 1 / step} for step in range(1, 2001)]
+
+
+@pytest.mark.parametrize("rows", [LONG_ROWS, [*LONG_ROWS[:1500], *LONG_ROWS[900:]]], ids=["straight", "went back"])
+@pytest.mark.parametrize("processes", [2, 3])
+def test_several_processes_read_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: list[object], processes: int
+) -> None:
+    data = lines(*rows[:700]) + b"oops\n" + lines(*rows[700:1300]) + b"[]\n" + lines(*rows[1300:]) + b'{"step": 9'
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(data)
+    monkeypatch.setattr(parts, "LONG", len(data) // processes - 100)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(processes)))
+    whole, read_in_parts = read(data), MetricsFile()
+    parts.read_long(read_in_parts, path)
+    assert columns(read_in_parts) == columns(whole)
+    assert read_in_parts.problems == whole.problems
+    assert (read_in_parts.last, read_in_parts.offset, read_in_parts.tail) == (whole.last, whole.offset, whole.tail)
+    for metrics in (whole, read_in_parts):
+        metrics.feed(b'999, "loss": 0.5}\n')
+    assert read_in_parts.last == {"step": 9999, "loss": 0.5}
+    assert columns(read_in_parts) == columns(whole)
+
+
+def test_a_file_that_is_not_long_is_left_to_one_process(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(lines(*LONG_ROWS))
+    metrics = MetricsFile()
+    parts.read_long(metrics, path)
+    parts.read_long(metrics, tmp_path / "nothing")
+    assert metrics.offset == 0
