@@ -49,6 +49,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     left_out = ("RL_OUTPUT_DIR", "NEMOTRON_STEPS", "RL_BLEND", "RL_POLICY_MODEL")
     env = {name: value for name, value in os.environ.items() if name not in left_out}
     env |= {"PATH": f"{home}/bin:{env['PATH']}", "NEMOTRON_STATE_DIR": str(home / "state"), "HF_HUB_OFFLINE": "1"}
+    env |= {"OMP_NUM_THREADS": "1"}  # models this small are not faster on two
     env["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), env.get("PYTHONPATH", "")])
     said = []
     for part in parts():
