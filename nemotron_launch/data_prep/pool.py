@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -20,7 +22,6 @@ from nemotron_launch.data_prep.units import Done, Task, Worker
 from nemotron_launch.errors import UserError
 
 T = TypeVar("T")
-_PR_SET_PDEATHSIG = 1
 _M_MMAP_THRESHOLD = -3
 _PRELOADED = ("nemotron_launch.data_prep.pool",)
 _worker: Worker | None = None
@@ -103,13 +104,20 @@ def _begin(task: Task, datasets: Mapping[str, Sequence[str]], own: bool = True) 
 
 
 def _die_with_parent() -> None:
-    # A terminal's Ctrl-C is the parent's to act on; and a parent that is killed can end nobody.
+    # A terminal's Ctrl-C is the parent's to act on.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for name in ("OMP_NUM_THREADS", "RAYON_NUM_THREADS"):
         os.environ[name] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+
+
+def _end_with(sentinel: int) -> None:
+    """A worker's own parent is a server that outlives the process that it works for; only a pipe tells of that."""
+    multiprocessing.connection.wait([sentinel])
+    os._exit(1)
 
 
 def give_memory_back() -> None:

@@ -37,6 +37,8 @@ INDEX = np.dtype(
 ORDER = np.dtype([("key", "<u8"), ("row", "<u4"), ("size", "<u4"), ("copy", "u1")])
 TABLE = np.dtype([("entry", "<u4"), ("byte", "<u8")])
 
+_SUFFIXES = ("rows", "order", "index", "table", "whole", "asked")
+
 #: Keys are looked up by so many leading bits.
 PREFIX_BITS = 11
 PREFIXES = 1 << PREFIX_BITS
@@ -116,12 +118,12 @@ class Worker:
         source = task.sources[file.source]
         prepare = self._prepare[file.source]
         part = _Part(task, file, unit, source, self._counter)
-        bad = (task.folder / f"{name_of(unit)}.bad").open("wb")
+        bad_path = task.folder / f".{name_of(unit)}.bad.{os.getpid()}"
         read = lines = bytes_read = 0
         reasons: dict[str, int] = {}
         needs: dict[str, int] = {}
         parts: list[dict[str, int]] = []
-        with bad:
+        with bad_path.open("wb") as bad:
             for raw in sources.rows(file, unit):
                 lines = raw.line
                 if not raw.size:  # a blank line
@@ -140,6 +142,7 @@ class Worker:
                 if part.size >= sources.UNIT_BYTES and unit.end < 0:
                     parts.append(part.write(f"{name_of(unit)}-{len(parts):04d}"))
                     part = _Part(task, file, unit, source, self._counter)
+        bad_path.replace(task.folder / f"{name_of(unit)}.bad")
         if not needs:
             parts.append(part.write(f"{name_of(unit)}-{len(parts):04d}"))
             mark = {"parts": parts, "read": read, "lines": lines, "reasons": reasons}
@@ -213,16 +216,20 @@ class _Part:
         table = np.zeros(PREFIXES + 1, TABLE)
         table["entry"] = np.searchsorted(prefixes, np.arange(PREFIXES + 1, dtype=np.uint64))
         table["byte"] = np.concatenate([[0], ends]).astype(np.uint64)[table["entry"]]
-        with (folder / f"{name}.rows").open("wb") as stream:
+        # Renamed when they are whole: a worker whose run was killed may still write while the next one reads.
+        mine = {suffix: folder / f".{name}.{suffix}.{os.getpid()}" for suffix in _SUFFIXES}
+        with mine["rows"].open("wb") as stream:
             order = entries["row"].tolist()
             for begin in range(0, len(order), 4096):
                 stream.write(b"".join([self._lines[i] for i in order[begin : begin + 4096]]))
         for suffix, array in (("order", entries), ("index", index), ("table", table)):
-            array.tofile(folder / f"{name}.{suffix}")
+            array.tofile(mine[suffix])
         for suffix, records in (("whole", self._whole), ("asked", self._asked)):
-            with (folder / f"{name}.{suffix}").open("wb") as stream:
+            with mine[suffix].open("wb") as stream:
                 for one in records:
                     one.tofile(stream)
+        for suffix, path in mine.items():
+            path.replace(folder / f"{name}.{suffix}")
         return {"rows": rows, "entries": len(entries), "bytes": int(ends[-1]) if len(ends) else 0}
 
     def _sign(self) -> None:
