@@ -82,6 +82,12 @@ def print_run(known: Known, progress: Progress | None, made: Sequence[tuple[str,
         click.echo(f"\nto go on:  nemotron jobs resubmit {run.run_id}")
 
 
+def print_warnings(warnings: Sequence[Mapping[str, Any]]) -> None:
+    """What a run's numbers call for."""
+    texts = (f"{one['when']}\n  {one['seen']}\n  {one['then']}" for one in warnings)
+    print_section("warnings", texts)
+
+
 def print_points(found: Sequence[Known], progress: Mapping[str, Progress]) -> None:
     """A sweep: a row a point."""
     rows = []

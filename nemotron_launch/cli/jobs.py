@@ -99,11 +99,13 @@ def status(name: str, as_json: bool) -> None:
     """Show how a run is: state, reason, exit code, nodes, progress, last checkpoint; of a sweep, a row a point."""
     from nemotron_launch.cli import job_tables
     from nemotron_launch.jobs.status import progress_of, refresh
+    from nemotron_launch.reports.collect import quick_warnings
 
     with opened() as (ledger, backends):
         found = refresh(ledger, backends, ledger.find(name), warn)
         progress = progress_of(backends, [one.run for one in found], warn)
         made = _made(ledger, backends, found)
+        warnings = quick_warnings(backends, found[0].run) if len(found) == 1 and not as_json else []
     if as_json:
         data = [job_tables.as_data(one, progress.get(one.run.run_id), made.get(one.run.run_id, ())) for one in found]
         _print_json(data if found[0].run.sweep and len(found) > 1 else data[0])
@@ -111,6 +113,7 @@ def status(name: str, as_json: bool) -> None:
         job_tables.print_points(found, progress)
     else:
         job_tables.print_run(found[0], progress.get(found[0].run.run_id), made.get(found[0].run.run_id, ()))
+        job_tables.print_warnings(warnings)
 
 
 def _made(ledger: Ledger, backends: Backends, found: Sequence[Known]) -> dict[str, Sequence[tuple[str, str, str]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from nemotron_launch.catalog import Step, find_step
@@ -13,8 +14,9 @@ from nemotron_launch.jobs.settle import Backends, Warn
 from nemotron_launch.jobs.status import progress_of
 from nemotron_launch.reports.run_data import report_data
 from nemotron_launch.reports.signs import warnings_of
-from nemotron_launch.reports.sources import RunFiles, config_of, find_files, missing, update
+from nemotron_launch.reports.sources import METRICS, RunFiles, config_of, find_files, missing, update
 
+_QUICK = 8 << 20  # bytes of metrics that are read in a moment
 # A folder that no ledger knows tells its step by the section that its config has.
 _SECTIONS = {"dpo": "rl/nemo_rl/dpo", "sft": "sft/megatron", "rm": "rm/hf", "grpo": "rl/nemo_rl/rlvr"}
 
@@ -54,6 +56,16 @@ def lineage_of(ledger: Ledger, runs: Sequence[Run]) -> dict[str, Any] | None:
     nodes = {node["id"]: node for one in found for node in one["nodes"]}
     links = list({tuple(link.values()): link for one in found for link in one["links"]}.values())
     return {"roots": roots, "nodes": list(nodes.values()), "links": links} if links else None
+
+
+def quick_warnings(backends: Backends, run: Run) -> list[dict[str, Any]]:
+    """The warnings of a run whose metrics lie on this machine and are not long; none of any other."""
+    host, path = backends.of(run).host, Path(run.output_dir, METRICS)
+    if host is None or host.name or not path.is_file() or path.stat().st_size > _QUICK:
+        return []
+    one = RunFiles(run.run_id, run.output_dir, host, run=run)
+    update([one], lambda text: None)
+    return run_warnings(one)
 
 
 def run_warnings(one: RunFiles) -> list[dict[str, Any]]:

@@ -83,6 +83,11 @@ def test_a_run_that_shows_signs_is_warned_of(here: Path, nemotron: Nemotron) -> 
     warning = data["runs"][0]["warnings"][0]
     assert warning["when"] == "Answers are cut off at their longest length."
     assert warning["parameters"][0] == "policy.generation.max_new_tokens"
+    shown = nemotron("jobs", "status", "a-run").stdout
+    assert (
+        "\nwarnings\n  Answers are cut off at their longest length.\n    train/truncation_rate is 0.5 (steps 180-199)"
+        in shown
+    )
 
 
 @pytest.mark.parametrize(
