@@ -363,9 +363,9 @@ def _compare(config: Config, weights: Path, folder: Path, a: Architecture, layou
         if wanted == "auto":
             log.warning("logits are not compared: the model in float32 would not fit into memory (compare_logits=auto)")
         return {"max_logit_difference": None}
-    agreement = logit_check.compare(weights, folder, a, layout, ids, rounded=DTYPES[config["precision"]])
-    on_rank_0(lambda: logit_check.judge(agreement, config["max_logit_difference"]))
-    return {"max_logit_difference": agreement.difference, "compared_tokens": agreement.tokens}
+    sides = logit_check.Sides(weights, folder, a, layout, rounded=DTYPES[config["precision"]])
+    found = logit_check.agree(sides, ids, limit=config["max_logit_difference"])
+    return {"max_logit_difference": found.difference, "computed_in": found.dtype, "compared_tokens": found.tokens}
 
 
 def say(what: str, a: Architecture, dtypes: Any) -> None:

@@ -1,4 +1,4 @@
-"""Whether a Megatron checkpoint and a Hugging Face folder compute the same: their logits on one text, in float32.
+"""Whether a Megatron checkpoint and a Hugging Face folder compute the same: their logits on one text.
 
 Legend: S tokens of the text, V vocabulary.
 """
@@ -35,12 +35,33 @@ PEAK = 1.7  # what loading a checkpoint takes in all, in sizes of the model (ben
 
 
 @dataclass(frozen=True)
+class Sides:
+    """What is compared. weights: a torch_dist folder, loaded at this layout. folder: for transformers, on rank 0's CPU.
+
+    rounded: the type to which one of them was converted; the other's weights are rounded to it first.
+    """
+
+    weights: Path
+    folder: Path
+    architecture: Architecture
+    layout: Layout
+    rounded: torch.dtype | None
+
+
+@dataclass(frozen=True)
 class Agreement:
     """How far both sides are apart on `tokens` positions: the largest difference of a logit, and the largest logit."""
 
     difference: float
     largest: float
     tokens: int
+    dtype: str
+
+    def __str__(self) -> str:
+        return (
+            f"logits of both sides on {self.tokens} tokens: largest difference {self.difference:.2g} "
+            f"(largest logit {self.largest:.3g}, computed in {self.dtype})"
+        )
 
 
 def probe_ids(text: str, tokenizer: Tokenizer | None, a: Architecture) -> np.ndarray:
@@ -55,9 +76,9 @@ def probe_ids(text: str, tokenizer: Tokenizer | None, a: Architecture) -> np.nda
     return ids[: min(LONGEST, a.max_position_embeddings)]
 
 
-def fits(a: Architecture, layout: Layout) -> bool:
-    """Whether this machine has the memory for both sides, one after the other, in float32; rank 0 decides."""
-    model = 4 * sum(torch.Size(hf.hf_shape(name, a)).numel() for name in hf.hf_names(a))
+def fits(a: Architecture, layout: Layout, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether this machine has the memory for both sides, one after the other, in a dtype; rank 0 decides."""
+    model = dtype.itemsize * sum(torch.Size(hf.hf_shape(name, a)).numel() for name in hf.hf_names(a))
     copies = 1.0
     if layout.device.type == "cpu":
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -65,51 +86,53 @@ def fits(a: Architecture, layout: Layout) -> bool:
     return on_rank_0(lambda: int(model * copies * PEAK) + SPARE < _available())
 
 
-def compare(
-    weights: Path, folder: Path, a: Architecture, layout: Layout, ids: np.ndarray, *, rounded: torch.dtype | None
-) -> Agreement:
-    """Both sides' logits behind every token but the last; all ranks call it, each side is in memory by itself.
+def agree(sides: Sides, ids: np.ndarray, *, limit: float) -> Agreement:
+    """Compare both sides in float32, and, where that says more than the limit, in float64, if there is the memory.
 
-    weights: a torch_dist folder, loaded at this layout. folder: loaded by transformers on rank 0's CPU. Whatever type
-    the weights are stored in, both are computed in float32, which loses nothing. rounded: the type to which one of
-    them was converted; the other's weights are rounded to it first. UserError: transformers does not take the folder.
+    Both types hold stored weights without loss. In float32 a deep model's sums alone may differ by more than 1e-4; in
+    float64 next to nothing is left of that. All ranks call it. UserError: further apart than allowed, or not numbers.
     """
-    ours = _megatron_logits(weights, a, layout, ids, rounded)
+    found = _compare(sides, ids, torch.float32)
+    if not found.difference <= limit and fits(sides.architecture, sides.layout, torch.float64):
+        log.info("%s, which may be rounding: computing it in float64", found)
+        found = _compare(sides, ids, torch.float64)
+    if found.difference <= limit:
+        log.info("%s", found)
+        return found
+
+    def refuse() -> None:
+        raise UserError(
+            f"{found}, above {limit:.2g}; nothing was written",
+            where="max_logit_difference",
+            hint="a difference of the order of rounding may be allowed with a larger max_logit_difference",
+            exit_code=exit_codes.FAILED,
+        )
+
+    on_rank_0(refuse)
+    return found
+
+
+def _compare(sides: Sides, ids: np.ndarray, dtype: torch.dtype) -> Agreement:
+    """Both sides' logits behind every token but the last; each side is in memory by itself."""
+    ours = _megatron_logits(sides, ids, dtype)
     _give_back()
 
     def theirs() -> Agreement:
-        there = _transformers_logits(folder, ids, rounded)
+        there = _transformers_logits(sides, ids, dtype)
         difference = (ours.cpu() - there).abs().max()
-        return Agreement(float(difference), float(there.abs().max()), len(there))
+        return Agreement(float(difference), float(there.abs().max()), len(there), str(dtype).removeprefix("torch."))
 
-    return on_rank_0(theirs)
-
-
-def judge(agreement: Agreement, limit: float) -> None:
-    """Say how far both sides are apart; UserError where that is further than allowed (or not a number)."""
-    said = (
-        f"logits of both sides on {agreement.tokens} tokens: largest difference {agreement.difference:.2g} "
-        f"(largest logit {agreement.largest:.3g})"
-    )
-    if agreement.difference <= limit:
-        log.info("%s", said)
-        return
-    raise UserError(
-        f"{said}, above {limit:.2g}; nothing was written",
-        where="max_logit_difference",
-        hint="a difference of the order of rounding may be allowed with a larger max_logit_difference",
-        exit_code=exit_codes.FAILED,
-    )
+    found = on_rank_0(theirs)
+    _give_back()
+    return found
 
 
-def _megatron_logits(
-    weights: Path, a: Architecture, layout: Layout, ids: np.ndarray, rounded: torch.dtype | None
-) -> Tensor:
-    """[S-1, V], fp32."""
-    policy = Policy(a, layout, Numerics())
-    checkpoint.load_weights(weights, policy.gpt)
-    _round(policy.gpt, rounded)
-    return policy.logits(collate([Group(0, (ids,))], pad_id=0, device=layout.device))
+def _megatron_logits(sides: Sides, ids: np.ndarray, dtype: torch.dtype) -> Tensor:
+    """[S-1, V]."""
+    policy = Policy(sides.architecture, sides.layout, Numerics(dtype=dtype))
+    checkpoint.load_weights(sides.weights, policy.gpt)
+    _round(policy.gpt, sides.rounded)
+    return policy.logits(collate([Group(0, (ids,))], pad_id=0, device=sides.layout.device))
 
 
 @torch.no_grad()
@@ -120,18 +143,18 @@ def _round(model: torch.nn.Module, dtype: torch.dtype | None) -> None:
 
 
 @torch.no_grad()
-def _transformers_logits(folder: Path, ids: np.ndarray, rounded: torch.dtype | None) -> Tensor:
-    """[S-1, V], fp32, on CPU."""
+def _transformers_logits(sides: Sides, ids: np.ndarray, dtype: torch.dtype) -> Tensor:
+    """[S-1, V], on CPU."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as says
 
     says.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+        model = AutoModelForCausalLM.from_pretrained(sides.folder, dtype=dtype, local_files_only=True).eval()
     except (OSError, ValueError, RuntimeError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError("transformers cannot load it", where=str(folder), hint=first) from error
-    _round(model, rounded)
+        raise UserError("transformers cannot load it", where=str(sides.folder), hint=first) from error
+    _round(model, sides.rounded)
     logits: Tensor = model(torch.from_numpy(ids.astype(np.int64))[None]).logits[0, :-1]
     return logits
 

@@ -81,7 +81,7 @@ class Policy:
 
     @torch.no_grad()
     def logits(self, batch: Batch) -> Tensor:
-        """Logits [W, V] behind every token that predicts one of the batch's, fp32, on every rank of this model."""
+        """Logits [W, V] behind every token that predicts one of the batch's, in its dtype, on all the policy's ranks."""
         seen: list[Tensor] = []
         hook = None
         if self.layout.last_stage:
@@ -93,7 +93,8 @@ class Policy:
             if hook is not None:
                 hook.remove()
         count = len(wanted_positions(batch)[0])
-        rows = torch.zeros(count, self.architecture.vocab_size, device=self.layout.device)
+        shape = count, self.architecture.vocab_size
+        rows = torch.zeros(shape, dtype=self.numerics.dtype, device=self.layout.device)
         if self.layout.last_stage:
             whole = gather_from_tensor_model_parallel_region(seen[0][:, 0].contiguous())
             rows.copy_(whole[:, : self.architecture.vocab_size])

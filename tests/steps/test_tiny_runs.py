@@ -172,7 +172,8 @@ def test_the_aligned_policy_goes_to_hugging_face_and_back(tiny: Done) -> None:
     assert "running convert/megatron_to_hf -c tiny first" in done.said
     assert "running rl/nemo_rl/dpo" not in done.said
     assert done.said.count("logits of both sides on 134 tokens: largest difference") == 2
-    assert (tiny.folder / "hf_to_megatron-tiny/checkpoints/step_0/training_info.json").is_file()
+    made = json.loads((tiny.folder / "hf_to_megatron-tiny/artifacts.json").read_text())["artifacts"]
+    assert [(one["type"], one["checkpoint"]) for one in made] == [("checkpoint_megatron", "step_0")]
     folder = tiny.folder / "megatron_to_hf-tiny/hf"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     rows = (steps_dir() / "rl/nemo_rl/dpo/data/validation.jsonl").read_text().splitlines()[:20]

@@ -47,7 +47,7 @@ def to_hf(folder: Path, checkpoint: Path, **options: Any) -> Path:
 
 
 def main() -> None:
-    """One rank of a layout: everything in the folder `models` there and back, and the checkpoints of one process."""
+    """One rank of a layout: some of the folder `models` there and back, and the checkpoints of one process."""
     import torch
 
     from nemotron_launch.trainer.megatron import parallel
@@ -56,7 +56,7 @@ def main() -> None:
     torch.set_num_threads(1)
     size: dict[str, Any] = {"tensor_model_parallel_size": tensor, "pipeline_model_parallel_size": pipeline}
     size["cluster__procs_per_node"] = int(os.environ["WORLD_SIZE"])
-    for model in sorted((folder / "models").iterdir()):
+    for model in (folder / "models" / name for name in sys.argv[4:]):
         out = folder / f"tp{tensor}-pp{pipeline}" / model.name
         made = to_megatron(out, model, **size)
         to_hf(out, made, **size)

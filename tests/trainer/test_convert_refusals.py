@@ -206,6 +206,7 @@ def test_sides_that_differ_are_not_published(model, step, tmp_path):
             error = refused(convert_it, tmp_path / convert_it.__name__, source)
         assert "largest difference" in str(error)
         assert "above 0.0001; nothing was written" in str(error)
+        assert "computed in float64" in str(error)  # where rounding is no excuse
         assert error.exit_code == 1
         assert left_in(tmp_path / convert_it.__name__) == []
 
@@ -281,10 +282,7 @@ def test_processes_that_are_stopped_leave_nothing_and_ask_to_be_resumed(model, t
     code, said = run("hf_to_megatron", 2, tmp_path, patch=stop, hf_path=str(model), **options)
     assert code == 85, said
     assert not list(tmp_path.rglob("*.distcp"))
-    code, said = run("hf_to_megatron", 2, tmp_path, hf_path=str(model), **options)
-    assert code == 0, said
-    made = json.loads((tmp_path / "out" / "artifacts.json").read_text())["artifacts"]
-    assert [(one["type"], one["checkpoint"]) for one in made] == [("checkpoint_megatron", "step_0")]
+    assert not (tmp_path / "out" / "artifacts.json").exists()
 
 
 PATCHED = """

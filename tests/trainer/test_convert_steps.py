@@ -110,26 +110,30 @@ def test_both_sides_compute_the_same_and_say_so(models, alone, name, layout):
         assert one["compared_tokens"] > 50
 
 
-@pytest.fixture(scope="module", params=[(2, 1), (1, 2)], ids=["tp2", "pp2"])
-def layout_of_two(request, models, alone) -> Path:
+LAYOUTS = {"tp2": (2, 1, list(SHAPES)), "pp2": (1, 2, ["llama-untied", "qwen3-tied"])}
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def layout_of_two(request, models, alone) -> tuple[Path, list[str]]:
     """The same by two processes, and back what one process had written."""
-    tensor, pipeline = request.param
+    tensor, pipeline, names = LAYOUTS[request.param]
     command = [sys.executable, "-W", "ignore", "-m", "nemotron_launch.trainer.spawn", "--procs", "2", "--"]
-    command += [str(WORKER), str(models.parent), str(tensor), str(pipeline)]
+    command += [str(WORKER), str(models.parent), str(tensor), str(pipeline), *names]
     env = {**os.environ, "PYTHONPATH": str(WORKER.parent), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    return models.parent / f"tp{tensor}-pp{pipeline}"
+    return models.parent / f"tp{tensor}-pp{pipeline}", names
 
 
 @pytest.mark.slow
 def test_two_processes_convert_like_one(models, alone, layout_of_two):
     """Tensor- or pipeline-parallel: the same bits there and back; each reads what the other layout wrote."""
-    for name in SHAPES:
-        assert_same_weights(layout_of_two / name / "hf", models / name)
-        assert_same_weights(layout_of_two / name / "other" / "hf", models / name)
-        assert record(layout_of_two / name / "other" / "hf")["max_logit_difference"] < 1e-4
-        ours, theirs = (tensors(folder / name / "checkpoints/step_0") for folder in (layout_of_two, alone))
+    made, names = layout_of_two
+    for name in names:
+        assert_same_weights(made / name / "hf", models / name)
+        assert_same_weights(made / name / "other" / "hf", models / name)
+        assert record(made / name / "other" / "hf")["max_logit_difference"] < 1e-4
+        ours, theirs = (tensors(folder / name / "checkpoints/step_0") for folder in (made, alone))
         assert ours.keys() == theirs.keys()
         for key, value in theirs.items():
             rows = VOCAB if key in hf.VOCABULARIES else None  # behind it, rows that fill up two ranks' shares
