@@ -18,6 +18,7 @@ from nemotron_launch.artifacts.record import Made
 from nemotron_launch.catalog import Port, Step, is_a, load_artifacts, load_steps
 from nemotron_launch.config.compose import Composed
 from nemotron_launch.errors import UserError
+from nemotron_launch.trainer.data.manifest import check_rows_for
 
 ALLOW = "run.allow_other_tokenizer"
 _OTHER_MODELS = ("env",)  # sections whose models are not the policy: judges and reward models
@@ -46,7 +47,10 @@ def check_link(
     with both values. A tokenizer that only the job's machine can read is not compared.
     """
     what = f"what {made_step.id} -c {made_config.name} makes"
-    check_type(port_type, used_step, key, what=what, where=used_config.sources.where(key))
+    where = used_config.sources.where(key)
+    check_type(port_type, used_step, key, what=what, where=where)
+    if port_type == "prepared_jsonl":
+        check_rows_for(made_config.get("target"), used_step.id, what=f"{what} are rows", where=where)
     made = Made(
         port_type,
         key,

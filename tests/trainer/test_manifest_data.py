@@ -12,6 +12,7 @@ import pytest
 import zstandard
 from runs import STEPS, Run, refuse
 
+from nemotron_launch.artifacts.chain import check_link
 from nemotron_launch.catalog import load_step
 from nemotron_launch.config.checks import check
 from nemotron_launch.config.compose import Composed, compose
@@ -179,6 +180,19 @@ def test_rows_of_another_target_are_refused_by_the_launcher_and_by_the_job(
         ):
             assert f"holds rows for {target}; {step.id} trains on" in said
             assert "nemotron steps run data_prep/rl_prep target=" in said
+
+
+def test_a_stage_that_prepares_rows_for_another_step_is_refused_before_anything_runs() -> None:
+    folder = STEPS["sft"].parents[1] / "data_prep/rl_prep"
+
+    def link(target: str) -> None:
+        made = compose(folder / "config/tiny.yaml", [f"target={target}"], schema=folder / "schema.json", env={})
+        used = composed("sft", "data.manifest_path=manifest.json")
+        check_link(load_step(folder), made, "prepared_jsonl", load_step(STEPS["sft"]), used, "data.manifest_path")
+
+    link("sft")
+    said = refused(link, "dpo")
+    assert "what data_prep/rl_prep -c tiny makes are rows for dpo; sft/megatron trains on sft" in said
 
 
 def test_a_manifest_that_is_not_there_names_the_step_that_makes_it(tmp_path: Path) -> None:

@@ -90,10 +90,15 @@ def _shard(entry: Any, manifest: Path, split: str, where: str) -> Shard:
 
 def check_target(manifest: DataManifest, step_id: str, *, where: str = KEY) -> None:
     """Raise UserError where the rows were prepared for another kind of step."""
+    check_rows_for(manifest.target, step_id, what=f"{manifest.path} holds rows", where=where)
+
+
+def check_rows_for(target: str | None, step_id: str, *, what: str, where: str | None) -> None:
+    """As check_target, for rows that are only called `what`."""
     known = TARGETS.get(step_id)
-    if known and manifest.target and manifest.target not in known:
+    if known and target and target not in known:
         raise UserError(
-            f"{manifest.path} holds rows for {manifest.target}; {step_id} trains on {' or '.join(known)}",
+            f"{what} for {target}; {step_id} trains on {' or '.join(known)}",
             where=where,
             hint=f"prepare them anew:  nemotron steps run data_prep/rl_prep target={known[0]}",
         )
