@@ -11,6 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -139,14 +140,13 @@ class Browser:
         self._network += [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
 
 
-@pytest.fixture(scope="session")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    """A browser for all tests of a process; its profile is a folder of its own."""
+@contextmanager
+def open_browser(folder: Path) -> Iterator[Browser]:
+    """A browser whose profile is this folder."""
     chromium, chromedriver = shutil.which("chromium"), shutil.which("chromedriver")
     assert chromium and chromedriver, "install Debian's chromium and chromium-driver"
     from selenium import webdriver
 
-    folder = tmp_path_factory.mktemp("browser")
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
     for flag in (*_FLAGS, f"--user-data-dir={folder}"):
@@ -164,3 +164,10 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
         yield Browser(driver)
     finally:
         driver.quit()
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """A browser for all tests of a process; its profile is a folder of its own."""
+    with open_browser(tmp_path_factory.mktemp("browser")) as browser:
+        yield browser

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import MappingProxyType
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, urlencode, urlsplit
 
 from nemotron_launch.errors import UserError
 from nemotron_launch.jobs.run import Run
@@ -24,6 +24,7 @@ from nemotron_launch.ui.rows import Rows
 PORT = 8260
 _NEXT = 20  # ports behind it that are tried, where nobody asked for one
 _FIRST = 1.5  # seconds that a page waits for what is read of a run the first time
+_PAGES = ("/", "/run", "/report")
 _MOST_RUNS = 60  # of one comparison
 Query = Mapping[str, list[str]]
 
@@ -158,9 +159,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def _let_in(self, path: str, query: Query) -> None:
         """Put the token into a cookie, and the address without it into the browser's history."""
+        left = [(name, value) for name, values in query.items() if name != "token" for value in values]
         self.send_response(303)
         self.send_header("Set-Cookie", self.server.gate.set_cookie())
-        self.send_header("Location", "/")
+        self.send_header("Location", (path if path in _PAGES else "/") + (f"?{urlencode(left)}" if left else ""))
         self._end(b"")
 
     def _refuse(self, problem: Problem) -> None:
