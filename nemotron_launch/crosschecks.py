@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import posixpath
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -70,15 +70,18 @@ def sees_this_machine(job: Job) -> bool:
     return job.executor == "local" or login
 
 
-def check_artifacts(job: Job, step: Step, composed: Composed) -> None:
-    """Raise where a path leads to what a run has recorded, and that does not fit; what is named has been checked."""
+def check_artifacts(job: Job, step: Step, composed: Composed, made: Collection[str] = ()) -> None:
+    """Raise where a path leads to what a run has recorded, and that does not fit; what is named has been checked.
+
+    made: keys of what another job makes before: what lies there now says nothing.
+    """
     if not sees_this_machine(job):
         return
-    named = {use.key for use in composed.uses}
+    checked = {use.key for use in composed.uses} | set(made)
     for port in step.consumes:
         value = composed.get(port.key)
         for text in value if isinstance(value, list) else [value]:
-            if isinstance(text, str) and text and port.key not in named and not text.startswith("step://"):
+            if isinstance(text, str) and text and port.key not in checked and not text.startswith("step://"):
                 path = os.path.join(job.workdir, os.path.expanduser(text))
                 if next(records_around(path), None):
                     from nemotron_launch.artifacts.references import check_path

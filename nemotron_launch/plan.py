@@ -7,7 +7,7 @@ import os
 import posixpath
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
@@ -101,12 +101,13 @@ def plan_job(
     attached: bool = True,
     origin: Origin = HERE,
     point: int | None = None,
+    made: Collection[str] = (),
 ) -> Job:
     """The job that runs this step with this config where the profile says; None is this machine.
 
     composed: by compose_for, so that the profile's share is in it. run_id: None derives one from the content, as a dry
-    run wants it. attached: `-r`, not `-b`. UserError: sizes that do not fit each other, arguments that the step does
-    not take, and what crosschecks finds.
+    run wants it. attached: `-r`, not `-b`. made: keys whose artifacts another job makes before. UserError: sizes that do
+    not fit each other, arguments that the step does not take, and what crosschecks finds.
     """
     check_sizes(step, composed)
     check_passthrough(step, passthrough)
@@ -117,7 +118,7 @@ def plan_job(
         job = _named(job, _content_id(job))
     crosschecks.check(job, step, composed, profile)
     if origin is HERE:
-        crosschecks.check_artifacts(job, step, composed)
+        crosschecks.check_artifacts(job, step, composed, made)
     return job
 
 

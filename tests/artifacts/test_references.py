@@ -282,3 +282,11 @@ def _refused_job(*overrides: str) -> UserError:
     with pytest.raises(UserError) as raised:
         _job(*overrides)
     return raised.value
+
+
+def test_what_another_job_will_make_is_not_compared_with_what_lies_there_now(ledger: Ledger) -> None:
+    run = finished(ledger, run_id="sft-1")
+    step, config = composed(DPO, f"{START}={run.output_dir}/checkpoints", "policy.architecture.num_layers=3")
+    plan_job(step, config, made=[START])
+    with pytest.raises(UserError, match="another shape"):
+        plan_job(step, config)
