@@ -49,10 +49,20 @@ def stages(
     return [*_makers(step, composed, profile, ()), Stage(last, "")]
 
 
-def check_inputs(step: Step, composed: Composed, *, made: Collection[str] = ()) -> None:
-    """Raise on the first consumed artifact that is not there. made: keys of those that another run makes first."""
-    for artifact, error in _consumed(step, composed):
-        if error and artifact.key not in made:
+def check_inputs(
+    step: Step,
+    composed: Composed,
+    *,
+    made: Collection[str] = (),
+    job: Job | None = None,
+    profile: Profile | None = None,
+) -> None:
+    """Raise on the first consumed artifact that is not there. made: keys of those that another run makes first.
+
+    job: looked for where this job finds them, as far as that is seen from here; on this machine unless given.
+    """
+    for artifact, error in _consumed(step, composed, _locator(step, job, profile) if job else None):
+        if error and error is not _UNSEEN and artifact.key not in made:
             raise _nobody_makes(step, composed, artifact, error)
 
 

@@ -122,10 +122,12 @@ def run(
 
     with opened() as (ledger, backends):
         terminal = Terminal(ledger, backends, attached=detached is None, on_interrupt=on_interrupt, as_json=as_json)
-        code = run_pipeline(
-            loaded, planned, ledger, backends, terminal, warn, attached=detached is None, first=first, last=last
-        )
-        terminal.close()
+        try:
+            code = run_pipeline(
+                loaded, planned, ledger, backends, terminal, warn, attached=detached is None, first=first, last=last
+            )
+        finally:
+            terminal.close()
         ctx.exit(code)
 
 

@@ -44,15 +44,11 @@ class Place:
 
 @frozen
 class Planned:
-    """A stage, compiled. binds: its inputs' config keys → the stage and the key that they come from.
-
-    overrides: its own, the file's and the command line's, without what the pipeline sets.
-    """
+    """A stage, compiled. binds: its inputs' config keys → the stage and the key that they come from."""
 
     stage: Stage
     compiled: Compiled
     binds: Mapping[str, Source]
-    overrides: tuple[str, ...]
     place: Place
 
     @property
@@ -89,12 +85,10 @@ def compile_pipeline(
 
 
 def check_inputs_of(planned: Planned) -> None:
-    """Raise on what a stage takes from outside the pipeline and is not there; elsewhere a warning has said so."""
+    """Raise on what a stage takes from outside the pipeline and is not there, as far as it is seen from here."""
     compiled = planned.compiled
-    if compiled.job.executor != "local":
-        return
     try:
-        check_inputs(compiled.step, compiled.composed, made=planned.binds)
+        check_inputs(compiled.step, compiled.composed, made=planned.binds, job=compiled.job, profile=compiled.profile)
     except UserError as error:
         own = "\n".join(filter(None, [error.hint, "or let an earlier stage make it:  inputs: {…: STAGE}"]))
         raise told(planned.stage, UserError(error.message, where=error.where, hint=own)) from None
@@ -156,14 +150,14 @@ def _compiled(
         _check_link(stage, step, composed, key, source, done[source.stage])
     try:
         run_id = _run_id(pipeline, stage) if to_run else None
-        job = plan_job(step, composed, profile, run_id=run_id, attached=attached)
+        job = plan_job(step, composed, profile, run_id=run_id, attached=attached, made=binds)
         warnings = crosschecks.warnings(job, composed, profile)
         if Path(job.workdir).is_dir() and job.executor != "local":
             warnings += notes(step, composed, job, profile, made=binds)
         compiled = Compiled(step, composed, profile, job, render(job), tuple(warnings))
     except UserError as error:
         raise told(stage, error) from None
-    return Planned(stage, compiled, binds, (*stage.overrides, *words), place)
+    return Planned(stage, compiled, binds, place)
 
 
 def _named(pipeline: Pipeline, stage: Stage, profiles: _Profiles) -> tuple[Step, Path, Profile | None]:

@@ -99,7 +99,7 @@ def _check(to_do: Sequence[Standing], found: Mapping[str, Standing], wanted: Col
         for name in stage.needs:
             need = found[name]
             if need.state == "to do" and name not in wanted:
-                raise stage.problem("inputs", f"needs {name}, which is not done", "let it run, too: another --from")
+                raise stage.problem("inputs", f"needs {name}, which is not done", f"--from {name} runs it, too")
             if need.state != "done" and not attached and not _waits(one, need):
                 raise stage.problem("profile", *_cannot_wait(one, need))
 

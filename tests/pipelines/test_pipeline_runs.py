@@ -273,7 +273,7 @@ def test_what_runs_in_the_background_is_followed_by_an_attached_one(run: Run, ne
 
 def test_executors_that_cannot_wait_for_each_other_are_refused(run: Run, three: Path, tmp_path: Path) -> None:
     folder = tmp_path / "profiles"
-    profile_file(folder, "slurm", {**SLURM, "account": "me"}, remote_job_dir=str(tmp_path))
+    profile_file(folder, "slurm", {**SLURM, "account": "me"}, remote_job_dir=str(Path.cwd()))
     profile_file(folder, "lepton", LEPTON)
     three.write_text(THREE.replace("step: rl/pairs", "step: rl/pairs\n    profile: slurm"))
     done = run("-b", "local", "--profiles", str(folder))

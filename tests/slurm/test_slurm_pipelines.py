@@ -77,6 +77,13 @@ def test_stages_run_after_each_other_and_what_is_done_is_not_submitted_again(
     assert (again.returncode, json.loads(again.stdout)) == (0, [])
 
 
+def test_what_is_missing_on_the_cluster_is_said_before_anything_is_submitted(pipeline: Pipeline) -> None:
+    done = pipeline("run", "-b", "cluster", "second.data.path=nope.jsonl")
+    assert done.returncode == 2
+    assert "stage second: data.path: there is no file nope.jsonl" in done.stderr
+    assert [one["run_id"] for one in stages(pipeline)] == [None, None]
+
+
 def test_a_stage_behind_one_that_fails_never_runs_and_the_same_command_goes_on(pipeline: Pipeline) -> None:
     done = pipeline("run", "-b", "cluster", "--json", "first.exit=3")
     assert done.returncode == 0, done.stderr
