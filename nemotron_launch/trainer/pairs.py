@@ -36,7 +36,7 @@ def load_data(session: Session) -> tuple[list[PreferencePair], dict[str, list[Pr
 
     training = load(data["train"], "data.train", "train")
     validation = {}
-    if data["validation"]:
+    if data["validation"] is not None:
         validation["default"] = load(data["validation"], "data.validation", "validation")
     for name, path in (data["val_data_paths"] or {}).items():
         validation[name] = load({"data_path": path}, f"data.val_data_paths.{name}", "train")

@@ -71,7 +71,7 @@ def load_data(session: Session) -> tuple[list[SFTExample], dict[str, list[SFTExa
 
     training = load(data["train"], "data.train", "train")
     validation = {}
-    if data["validation"]:
+    if data["validation"] is not None:
         validation["default"] = load(data["validation"], "data.validation", "validation")
     return training, validation
 

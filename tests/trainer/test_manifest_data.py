@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,8 +19,10 @@ from nemotron_launch.config.checks import check
 from nemotron_launch.config.compose import Composed, compose
 from nemotron_launch.errors import UserError
 from nemotron_launch.inputs import check_inputs
+from nemotron_launch.trainer import pairs, sft
 from nemotron_launch.trainer.data.manifest import check_data, read_manifest, shards_of
 from nemotron_launch.trainer.data.sources import Row, data_section, read_rows
+from nemotron_launch.trainer.tokenizer import load_tokenizer
 
 
 def prepare(folder: Path, *, target: str = "sft", **splits: Sequence[str]) -> Path:
@@ -258,6 +261,19 @@ def test_validation_that_nobody_wrote_is_the_manifests_and_null_turns_it_off(tmp
     schema = STEPS["sft"] / "schema.json"
     assert compose(file, [], schema=schema, env={}).data["data"]["validation"] == {}
     assert compose(file, ["data.validation=null"], schema=schema, env={}).data["data"]["validation"] is None
+
+
+@pytest.mark.parametrize("step", ["sft", "dpo"])
+def test_a_validation_section_that_says_nothing_validates_on_the_manifests_rows(tmp_path: Path, step: str) -> None:
+    path = prepare(
+        tmp_path, target=step, train=lines_of(step, "train")[:8], validation=lines_of(step, "validation")[:6]
+    )
+    config = composed(step, f"data.manifest_path={path}").data
+    config["data"]["validation"] = {}
+    tokenizer = load_tokenizer({"name": "bytes"}, None)
+    session: Any = SimpleNamespace(config=config, tokenizer=tokenizer, step_dir=STEPS[step], main_rank=True)
+    training, validation = (sft if step == "sft" else pairs).load_data(session)
+    assert (len(training), {name: len(found) for name, found in validation.items()}) == (8, {"default": 6})
 
 
 # Training ------------------------------------------------------------------------------------------------------------
