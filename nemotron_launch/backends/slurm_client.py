@@ -72,6 +72,8 @@ class SlurmClient:
         before = folder.holder or run.job_id
         if folder.heir:
             return Submission(folder.heir, run.cluster)
+        if before != run.job_id and not folder.wants_heir:  # the successor that somebody else made is at work
+            return Submission(before, run.cluster)
         restarts = folder.successor[2] if folder.wants_heir and folder.successor else self._used(run, before) + 1
         if folder.cancelled or restarts > run.max_restarts:
             why = "was cancelled" if folder.cancelled else f"has had its {run.max_restarts} restarts"

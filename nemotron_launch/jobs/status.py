@@ -129,7 +129,7 @@ def _succeeded(ledger: Ledger, backend: Backend, run: Run, seen: Seen) -> Seen:
         if not ours or now is None or (now.job_id, now.state) != (run.job_id, run.state):
             return seen  # somebody else does it, or has done it
         try:
-            made = backend.submit_successor(run)
+            made = backend.submit_successor(replace(run, job_id=seen.job_id or run.job_id))
         except Refused as error:
             return replace(seen, state="stopped", reason=error.message)
         # Others may note meanwhile that it waits.
