@@ -82,10 +82,11 @@ class Cluster:
         self.until(lambda: self.state(job) in ENDED, f"the end of job {job}", seconds)
         return self.show(job)
 
-    def until_idle(self) -> None:
-        """All nodes are up, and no job of an earlier test is left on them: the next one gets the first."""
-        states = ("sinfo", "-h", "-N", "-p", "batch", "-o", "%t")
-        self.until(lambda: self.run(*states).split() == ["idle"] * self.nodes, "idle nodes")
+    def until_idle(self, number: int | None = None) -> None:
+        """The first nodes, by default all, are up, and no job of an earlier test is left on them."""
+        names = [f"node{n + 1}" for n in range(number or self.nodes)]
+        states = ("sinfo", "-h", "-N", "-p", "batch", "-n", ",".join(names), "-o", "%t")
+        self.until(lambda: self.run(*states).split() == ["idle"] * len(names), "idle nodes")
 
     # Life.
 

@@ -6,7 +6,7 @@ import json
 import socket
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ NewRun = Callable[..., Run]
 @pytest.fixture
 def run(cluster: Cluster, tmp_path: Path) -> Any:
     """Makes runs, the first of them on the first nodes; cancels what a failed test leaves behind."""
-    cluster.until_idle()
+    cluster.until_idle(2)
     made: list[Run] = []
 
     def make(*arguments: Any, **fields: Any) -> Run:
@@ -38,6 +38,22 @@ def run(cluster: Cluster, tmp_path: Path) -> Any:
     for each in made:
         for job in each.jobs:
             cluster.run("scancel", job, check=False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_of_time(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """A run on the last two nodes with little time. Slurm looks at limits every 30 s, and the other tests go on."""
+    # 2 minutes less 115 seconds, and Slurm may be 30 s early: the signal comes at its first look.
+    run = new_run(
+        cluster,
+        tmp_path_factory.mktemp("short-of-time"),
+        "if ATTEMPT == 0: time.sleep(300)\nprint(os.environ['API_KEY'])",
+        nodes=2, max_restarts=1, secrets={"API_KEY": "kept"},
+        options={"time": 2, "signal": "USR1@115", "nodelist": "node[3-4]"},
+    )  # fmt: skip
+    run.submit()
+    yield run
+    cluster.run("scancel", run.jobs[-1], check=False)
 
 
 # What arrives.
@@ -155,21 +171,6 @@ def test_a_second_job_of_the_run_does_not_train(run: NewRun, cluster: Cluster) -
 
 
 # Interruptions.
-
-
-def test_before_the_time_limit_the_trainer_saves_and_the_job_goes_on(run: NewRun) -> None:
-    # 2 minutes less 115 seconds, and Slurm may be 30 s early: the signal comes at once.
-    job = run(
-        "if ATTEMPT == 0: time.sleep(300)\nprint(os.environ['API_KEY'])",
-        nodes=2, max_restarts=1, secrets={"API_KEY": "kept"}, options={"time": 2, "signal": "USR1@115"},
-    )  # fmt: skip
-    job.submit()
-    ended = job.end(120)
-    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), job.all()
-    assert sorted(path.name for path in job.folder.glob("saved-*")) == ["saved-0-0", "saved-0-1"]
-    assert [job.exit_code(0), job.exit_code(1), job.exit_code()] == ["85", "0", "0"]
-    assert job.log(attempt=1).split() == ["up", "kept"] and "kept" not in job.log(attempt=0)
-    assert not job.secrets.exists()
 
 
 def test_max_restarts_is_kept(run: NewRun) -> None:
@@ -321,3 +322,13 @@ def test_any_comment_arrives_as_it_was_written(cluster: Cluster, tmp_path: Path)
             cluster.run("scancel", job)
 
     arrives()
+
+
+def test_before_the_time_limit_the_trainer_saves_and_the_job_goes_on(short_of_time: Run) -> None:
+    job = short_of_time
+    ended = job.end(120)
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), job.all()
+    assert sorted(path.name for path in job.folder.glob("saved-*")) == ["saved-0-0", "saved-0-1"]
+    assert [job.exit_code(0), job.exit_code(1), job.exit_code()] == ["85", "0", "0"]
+    assert job.log(attempt=1).split() == ["up", "kept"] and "kept" not in job.log(attempt=0)
+    assert not job.secrets.exists()

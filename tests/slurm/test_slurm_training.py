@@ -13,6 +13,7 @@ import pytest
 from tests.slurm.cluster import Cluster
 from tests.slurm.runs import Run, planned_run
 
+pytestmark = pytest.mark.slow
 STEPS = 300  # milliseconds each; enough for a signal to come in between
 SMALL = [
     "cluster.num_nodes=2", "cluster.procs_per_node=2", f"sft.max_num_steps={STEPS}", "sft.val_period=0",

@@ -38,6 +38,17 @@ def site(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
         yield site
 
 
+@pytest.fixture(scope="module", autouse=True)
+def out_of_time(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Site, Run]]:
+    """A run on the first node whose time is over. Slurm looks at limits every 30 s, and the other tests go on."""
+    with pytest.MonkeyPatch.context() as patch, site_of(cluster, tmp_path_factory.mktemp("time"), patch) as site:
+        deaf = "for number in (signal.SIGUSR1, signal.SIGTERM): signal.signal(number, signal.SIG_IGN)\n"
+        run = site.submit(site.run(deaf + TRAINS, max_restarts=1, options={"nodelist": "node1"}, config=CONFIG))
+        site.until(run, lambda seen: "saved" in site.logs(run))
+        cluster.run("scontrol", "update", f"JobId={run.job_id}", "EndTime=now")
+        yield site, run
+
+
 def preempted(site: Site, partition: str, **fields: Any) -> Run:
     """A run of `partition` that works, and whose nodes another job takes for a moment."""
     options = {"partition": partition, "nodelist": "node3", "exclusive": True, **fields.pop("options", {})}
@@ -76,6 +87,8 @@ def test_where_nodes_may_not_submit_the_client_does(site: Site) -> None:
     made = site.client.submit_successor(run)
     assert made == site.client.submit_successor(run)  # whoever asks again gets the same
     heir = replace(run, job_id=made.job_id)
+    site.until(heir, lambda seen: "restart 1 of 1" in site.logs(run))
+    assert made == site.client.submit_successor(run)  # also when it has begun, or is over
     seen = site.end(heir)
     assert (seen.state, seen.attempt) == ("finished", 1), site.logs(run)
     assert begins(site, run) == ["0", "1"] and len(site.jobs(run)) == 2
@@ -153,18 +166,6 @@ def test_a_node_that_dies_without_a_word_is_succeeded_by_the_client(site: Site) 
     assert begins(site, run) == ["0", "1"]
 
 
-def test_a_run_out_of_time_goes_on_without_having_saved(site: Site) -> None:
-    deaf = "for number in (signal.SIGUSR1, signal.SIGTERM): signal.signal(number, signal.SIG_IGN)\n"
-    run = site.run(deaf + TRAINS, max_restarts=1, config=CONFIG)
-    run = site.submit(run)
-    site.until(run, lambda seen: "saved" in site.logs(run))
-    site.cluster.run("scontrol", "update", f"JobId={run.job_id}", "EndTime=now")
-    seen = site.until(run, lambda seen: seen.job_id != run.job_id, 90)
-    seen = site.end(replace(run, job_id=seen.job_id))
-    assert (seen.state, seen.attempt) == ("finished", 1), site.logs(run)
-    assert begins(site, run) == ["0", "1"] and "out of time: job" in site.logs(run)
-
-
 def test_two_attempts_without_a_checkpoint_end_the_run_with_the_reason(site: Site) -> None:
     run = site.submit(site.run("sys.exit(85)", max_restarts=9, options={"requeue": False}, config=CONFIG))
     seen = site.until(run, lambda seen: seen.job_id != run.job_id)
@@ -230,3 +231,11 @@ def test_a_point_of_a_sweep_goes_on_alone(site: Site) -> None:
     ends = [site.end(points[0]), site.end(replace(points[1], job_id=seen.job_id))]
     assert [(one.state, one.attempt) for one in ends] == [("finished", 0), ("finished", 1)], site.logs(whole)
     assert len(site.jobs(whole)) == 3
+
+
+def test_a_run_out_of_time_goes_on_without_having_saved(out_of_time: tuple[Site, Run]) -> None:
+    site, run = out_of_time
+    seen = site.until(run, lambda seen: seen.job_id != run.job_id, 90)
+    seen = site.end(replace(run, job_id=seen.job_id))
+    assert (seen.state, seen.attempt) == ("finished", 1), site.logs(run)
+    assert begins(site, run) == ["0", "1"] and "out of time: job" in site.logs(run)
