@@ -19,6 +19,21 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 Nemotron = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first, in turn from each folder: some wait while others compute, and the short ones
+    are left for the end, which no process of several then reaches long before the others."""
+    files: dict[Path, list[pytest.Item]] = {}
+    for item in items:
+        files.setdefault(item.path, []).append(item)
+    turns: dict[tuple[bool, Path], int] = {}
+    places = {}
+    for file, tests in files.items():
+        quick = not any(item.get_closest_marker("slow") for item in tests)
+        turn = turns[quick, file.parent] = turns.get((quick, file.parent), 0) + 1
+        places[file] = (quick, turn)
+    items.sort(key=lambda item: places[item.path])
+
+
 @pytest.fixture(autouse=True, scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What the launcher keeps between commands stays with the tests."""
