@@ -106,8 +106,8 @@ def plan_job(
     """The job that runs this step with this config where the profile says; None is this machine.
 
     composed: by compose_for, so that the profile's share is in it. run_id: None derives one from the content, as a dry
-    run wants it. attached: `-r`, not `-b`. made: keys of what another job makes before. UserError: sizes that do not fit
-    each other, arguments that the step does not take, and what crosschecks finds.
+    run wants it. attached: `-r`, not `-b`. made: keys of what another job makes first. UserError: sizes that do not
+    fit each other, arguments that the step does not take, and what crosschecks finds.
     """
     check_sizes(step, composed)
     check_passthrough(step, passthrough)

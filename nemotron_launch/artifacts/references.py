@@ -131,7 +131,7 @@ def _use(asked: _Asked) -> tuple[Use, Made, Entry]:
 def _entry(asked: _Asked) -> Entry:
     """What the name means: artifacts that are registered."""
     kind, _, name = asked.text.partition(":")
-    if not name:
+    if name in ("", f"{LAST}:") or name.startswith("@"):
         hint = "run:RUN, run:last, run:last:STEP" if kind == "run" else "artifact:NAME@VERSION, artifact:NAME@latest"
         raise asked.problem("names nothing", hint)
     if kind == "artifact":

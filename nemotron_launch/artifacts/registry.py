@@ -109,7 +109,7 @@ def find(ledger: Ledger, text: str) -> Entry:
     name, at, version = text.partition("@")
     if at and version != _LATEST and not version.isdecimal():
         hint = f"{name}@1, or {name}@{_LATEST} for the newest"
-        raise UserError(f"{text}: a version is a number, not {version!r}", hint=hint)
+        raise UserError(f"a version of {name} is a number, not {version!r}", hint=hint)
     versions = entries(ledger, name=name)
     if not versions:
         near = _near(name, _names(ledger))

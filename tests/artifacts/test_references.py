@@ -126,6 +126,8 @@ def test_the_ledger_keeps_what_was_named_and_the_paths_beside_it(ledger: Ledger)
     [
         ("run:", "names nothing", "run:last:STEP"),
         ("artifact:", "names nothing", "artifact:NAME@VERSION"),
+        ("run:last:", "names nothing", "run:last:STEP"),
+        ("artifact:@1", "names nothing", "artifact:NAME@VERSION"),
         ("run:nobody", "there is no run 'nobody'", "jobs list"),
         ("run:last:dpo", "no run of rl/nemo_rl/dpo has finished", "nemotron steps run rl/nemo_rl/dpo"),
         ("run:last:dpp", "there is no step dpp", "did you mean rl/nemo_rl/dpo"),

@@ -147,7 +147,7 @@ def test_forgotten_runs_leave_what_they_made(ledger: Ledger) -> None:
     [
         ("sft-tin@1", "there is no artifact sft-tin", "did you mean sft-tiny?"),
         ("sft-tiny@9", "sft-tiny has no version 9", "there are: 1"),
-        ("sft-tiny@new", "a version is a number, not 'new'", "sft-tiny@latest"),
+        ("sft-tiny@new", "a version of sft-tiny is a number, not 'new'", "sft-tiny@latest"),
         ("xyz", "there is no artifact and no run 'xyz'", "nemotron artifacts list"),
         ("sft-tinny", "there is no artifact and no run 'sft-tinny'", "did you mean sft-tiny?"),
         ("going", "going is running: it has made nothing yet", "jobs status going"),
