@@ -88,8 +88,8 @@ class Backend(Protocol):
     def submit_successor(self, run: Run) -> Submission:
         """Another job for a run that was `seen.wants_successor`; safe when several do it at once: one of them trains.
 
-        run.job_id: the job that is over. Called by whoever polls: the attached client and every `jobs` command. It counts
-        as a restart.
+        run.job_id: the job that is over. Called by whoever polls: the attached client and every `jobs` command. It
+        counts as a restart.
         """
 
     def cancel(self, runs: Sequence[Run]) -> None:
