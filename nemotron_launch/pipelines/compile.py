@@ -142,7 +142,8 @@ def _compiled(
             raise stage.problem(f"inputs.{written}", f"{key} is taken from {binds[key].stage} already")
         binds[key] = found
     _check_free(stage, binds, words)
-    values = {"output_dir": posixpath.join(pipeline.output_dir, stage.name)}
+    folder = pipeline.output_dir if place.workdir != "." else os.path.expanduser(pipeline.output_dir)
+    values = {"output_dir": posixpath.join(folder, stage.name)}
     values |= {key: _path(stage, place, source, done) for key, source in binds.items()}
     overrides = [f"++{key}={dump_value(value)}" for key, value in values.items()]
     composed = _composed(stage, step, config, [*overrides, *stage.overrides], words, profile)
@@ -232,6 +233,11 @@ def _bind(stage: Stage, step: Step, written: str, source: Source, done: Mapping[
     [port] = ports
     maker = done[source.stage].compiled
     made = [one for one in maker.step.produces if source.key in ("", one.key, one.type)]
+    if not made:
+        makes = ", ".join(f"{source.stage}:{one.key}" for one in maker.step.produces)
+        raise stage.problem(
+            at, f"{source.stage} ({maker.step.id}) makes no {source.key}", f"it makes {makes or 'nothing'}"
+        )
     what = f"what {source.stage} ({maker.step.id}) makes"
     try:
         fits = choose(made, step, port.key, what=what, where=stage.where(at))
