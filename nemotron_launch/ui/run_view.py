@@ -5,10 +5,13 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
-from nemotron_launch.reports.collect import run_warnings
+from nemotron_launch.errors import UserError
+from nemotron_launch.jobs.ledger import Ledger
+from nemotron_launch.jobs.run import Run
+from nemotron_launch.reports.collect import lineage_of, run_warnings
 from nemotron_launch.reports.metrics_file import MetricsFile
 from nemotron_launch.reports.run_data import POINTS, report_data, thinned
 from nemotron_launch.reports.sources import missing
@@ -24,6 +27,7 @@ Data = dict[str, Any]
 
 def whole(watched: Sequence[Watched]) -> Data:
     """Runs as a report has them, with what is known of them now and a mark to go on from."""
+    lineage = _lineage([one.run for one in watched])
     with ExitStack() as locks:
         for one in watched:
             locks.enter_context(one.lock)
@@ -32,6 +36,7 @@ def whole(watched: Sequence[Watched]) -> Data:
             [one.files for one in read if one.files],
             progress={one.run.run_id: one.progress for one in read if one.progress},
             warnings={one.run.run_id: _warnings(one) for one in read},
+            lineage=lineage,
         )
         return {"report": data, "live": {one.run.run_id: _live(one) for one in watched}}
 
@@ -107,6 +112,12 @@ def _mark(one: Watched) -> str:
     """Another one when points that were told may no longer hold."""
     metrics = one.files.metrics() if one.files else None
     return f"{id(metrics):x}-{metrics.restarts}-{len(metrics.names)}" if metrics else ""
+
+
+def _lineage(runs: Sequence[Run]) -> Data | None:
+    with suppress(UserError), Ledger() as ledger:  # a ledger that cannot be read is told elsewhere
+        return lineage_of(ledger, runs)
+    return None
 
 
 def _warnings(one: Watched) -> list[Data]:

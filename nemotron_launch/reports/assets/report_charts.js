@@ -52,7 +52,27 @@
 
     update(data) {
       this.data = data;
-      this.redrawAll();
+      for (const card of this.cards) if (card.plot || card.empty) this.refresh(card);
+    }
+
+    // New numbers for a plot that stays as it is: its cursor, and what a reader is about to select, stay too.
+    refresh(card) {
+      const curves = this.curves(card), log = (card.log || this.chosen.log) && !card.figure.stacked;
+      if (!card.plot || card.figure.stacked || card.shape !== this.shape(curves, log)) {
+        this.redraw(card);
+      } else if (card.ends !== endsOf(curves)) {
+        card.ends = endsOf(curves);
+        const { tables } = this.lines(curves, log);
+        card.curves = curves;
+        card.plot.setData(tables);
+        this.say(card, card.plot.cursor.idx);
+      }
+    }
+
+    // What a plot was made for: with another shape it is made anew.
+    shape(curves, log) {
+      const each = (one) => [one.name, one.colour, Boolean(one.lo && one.hi), one.x.length < 40];
+      return JSON.stringify([log, this.chosen.smoothing > 0, this.chosen.x, curves.map(each)]);
     }
 
     redrawAll() {
@@ -122,6 +142,7 @@
       }
       card.curves = curves;
       const log = (card.log || this.chosen.log) && !card.figure.stacked;
+      [card.shape, card.ends] = [this.shape(curves, log), endsOf(curves)];
       const { tables, series, bands } = card.figure.stacked ? this.stacked(curves) : this.lines(curves, log);
       const width = card.drawing.clientWidth || 400, height = card.drawing.clientHeight || 216;
       const ink = Nemotron.variable("--faint"), rule = Nemotron.variable("--rule");
@@ -186,7 +207,7 @@
         const table = [one.x], y = clean(one.y), before = series.length;
         const points = { show: one.x.length < 40, size: 5, fill: one.colour };
         const base = { stroke: one.colour, dash: one.dash, points: { show: false } };
-        if (one.lo && one.hi) {
+        if (one.lo && one.hi && curves.length <= 12) { // of more, bands would be one grey
           const edge = { ...base, width: 0, stroke: "transparent" };
           bands.push({ series: [series.length + 2, series.length + 1], fill: painted(one.colour, curves.length > 6 ? 0.06 : 0.13) });
           table.push(clean(one.lo), clean(one.hi));
@@ -277,6 +298,9 @@
   Nemotron.smoothed = smoothed;
 
   const same = (a, b) => a.length === b.length && a.every((value, i) => value === b[i]);
+
+  // Curves only grow at their ends.
+  const endsOf = (curves) => JSON.stringify(curves.map((one) => [one.x.length, one.x[one.x.length - 1], one.y.slice(-2)]));
 
   function lastOf(values) {
     for (let i = values.length - 1; i >= 0; i -= 1) if (values[i] !== null) return values[i];
