@@ -133,7 +133,8 @@ def test_a_point_is_the_job_that_it_alone_compiles_to_but_for_its_folders(
         alone = plan_job(step, composed, where, run_id="mine", attached=False)
         assert job.output_dir.endswith(f"output/rl/dpo-default/{folder}")
         assert job.files == alone.files
-        same = replace(job, command=alone.command, run_dir=alone.run_dir)
+        assert job.artifact == "dpo-default"  # its points are versions of one name
+        same = replace(job, command=alone.command, run_dir=alone.run_dir, artifact=alone.artifact)
         assert same == alone
         assert [word for word in job.command if word not in alone.command] == [
             word.replace("mine/", f"mine/point-{n}/") for word in alone.command if word not in job.command
