@@ -18,7 +18,8 @@ from nemotron_launch.secret_names import is_secret_name
 FORMAT = 1
 POINTS = 1000  # of a curve: more than a screen has columns for
 _POINTS_OF_ALL = 6000  # shared by the runs of one page
-_FEWEST = 120
+_FEWEST = 40
+_WHOLE_CONFIGS = 8  # runs whose configs a page shows side by side; of the others what differs
 _VALUES = 40_000  # points of all curves of a run
 _SAMPLES = 60  # answers that a page shows of a run
 _LONGEST_TEXT = 4000  # characters of an answer
@@ -69,6 +70,9 @@ def report_data(
         )
         for one in runs
     ]
+    differing = differences([one["config"] for one in found])
+    for one in found[_WHOLE_CONFIGS:]:
+        one["config"] = {key: one["config"][key] for key in differing if key in one["config"]}
     names = list(dict.fromkeys(name for one in runs for name in one.metrics().names))
     return {
         "format": FORMAT,
@@ -79,7 +83,7 @@ def report_data(
         "runs": found,
         "figures": [figure.as_data() for figure in figures_of(names)],
         "lineage": lineage,
-        "differences": differences([one["config"] for one in found]),
+        "differences": differing,
     }
 
 

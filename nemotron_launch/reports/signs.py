@@ -4,7 +4,7 @@ A strategy's `sign` in the manifest is a list of conditions that hold together:
 
     sign:
       after: 20          # the run's steps before which it says nothing
-      over: 20           # values of a metric that are looked at together; of a short run a third of them
+      over: 20           # values of a metric looked at together; a third of few ones, a fiftieth of very many
       all:
         - {metric: train/mean_gen_tokens_per_sample, grows: 0.5}
         - {metric: train/reward, rises: 0.02}
@@ -121,7 +121,8 @@ def _holds(
     """What is seen, in words that follow the metric's name; None where the condition does not hold."""
     kind = next(name for name in condition if name != "metric")
     bound, origin = _bound(condition[kind], config)
-    return None if bound is None else _KINDS[kind](values, bound, origin, max(1, min(over, len(values) // 3)))
+    count = max(1, min(over, len(values) // 3), len(values) // 50)
+    return None if bound is None else _KINDS[kind](values, bound, origin, count)
 
 
 def _bound(given: Any, config: Mapping[str, Any]) -> tuple[float | None, str]:

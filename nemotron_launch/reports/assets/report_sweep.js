@@ -59,13 +59,13 @@
     drawTable() {
       const columns = this.columns().filter((one) => !one.config || this.data.differences.length <= 12 || one.swept);
       const head = (column) => {
-        const numbers = this.data.runs.some((run) => typeof column.of(run) === "number");
         const up = this.sorted.key === column.key ? (this.sorted.down ? " \u2193" : " \u2191") : "";
-        return element("th", { class: numbers ? "number" : null, title: column.key },
+        return element("th", { class: numeric.has(column.key) ? "number" : null, title: column.key },
           element("button", { type: "button", onclick: () => this.sort(column.key) }, column.title + up,
             column.title === column.key ? null : element("small", {}, column.key)));
       };
       const runs = [...this.data.runs];
+      const numeric = new Set(columns.filter((one) => runs.some((run) => typeof one.of(run) === "number")).map((one) => one.key));
       const by = columns.find((one) => one.key === this.sorted.key);
       if (by) runs.sort((a, b) => compare(by.of(a), by.of(b)) * (this.sorted.down ? -1 : 1));
       const best = new Map(columns.filter((one) => one.better).map((one) => {
@@ -89,8 +89,8 @@
           element("td", {}, run.state ? element("span", { class: `state ${run.state}` }, run.state) : "\u2013"),
           element("td", { class: "number" }, number(run.last_step)),
           ...columns.map((column) => {
-            const value = column.of(run), isNumber = typeof value === "number";
-            const first = isNumber && runs.length > 1 && best.get(column.key) === value;
+            const value = column.of(run), isNumber = typeof value === "number" || (value === null && numeric.has(column.key));
+            const first = value !== null && best.get(column.key) === value;
             return element("td", { class: `${isNumber ? "number" : ""}${first ? " best" : ""}` }, isNumber ? number(value) : value ?? "\u2013");
           }));
       });
@@ -140,6 +140,7 @@
       const scales = columns.map((column) => scaleOf(this.data.runs.map(column.of), top, height - bottom));
       const root = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": "Parallel coordinates of the runs" });
       root.style.width = `${width}px`;
+      root.style.setProperty("--shown", String(Math.max(0.25, Math.min(0.75, 30 / this.data.runs.length))));
       for (const run of this.data.runs) {
         const points = columns.map((column, i) => [side + i * gap, scales[i].at(column.of(run))]);
         const d = points.map(([x, y], i) => {
