@@ -84,7 +84,7 @@ class CheckpointStore:
             self._remove(final)
         source = new if read_info(new) is not None else old
         source.rename(final)
-        _fsync(self.folder)
+        fsync(self.folder)
         return f"completed the interrupted replacement of {final.name} with {source.name}"
 
     def complete_steps(self) -> list[int]:
@@ -143,18 +143,18 @@ class CheckpointStore:
         power cut.
         """
         temporary, final, old = self.tmp_path(step), self._path(step), self._old_path(step)
-        _fsync_tree(temporary)
+        fsync_tree(temporary)
         with (temporary / INFO).open("w") as file:
             json.dump(_as_json(info), file, indent=1)
             file.flush()
             os.fsync(file.fileno())
-        _fsync(temporary)
+        fsync(temporary)
         if final.exists():
             if old.exists():
                 self._remove(old)
             final.rename(old)
         temporary.rename(final)
-        _fsync(self.folder)
+        fsync(self.folder)
         if old.exists():
             self._remove(old)
         return final
@@ -358,7 +358,8 @@ def _as_json(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Have a file, or a folder's list of names, on disk before this returns."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -366,6 +367,7 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _fsync_tree(folder: Path) -> None:
+def fsync_tree(folder: Path) -> None:
+    """`fsync` of everything below a folder."""
     for path in folder.rglob("*"):
-        _fsync(path)
+        fsync(path)

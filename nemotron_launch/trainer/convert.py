@@ -78,11 +78,16 @@ def to_megatron(config: Config, step_dir: Path) -> int:
     """Convert as the composed config of convert/hf_to_megatron says; all processes call it."""
     layout = _start(config, "convert/hf_to_megatron")
     named, target = config["hf_path"], Path(config["megatron_path"])
-    folder = Path(on_rank_0(lambda: str(model_folder(named, step_dir=step_dir, where="hf_path").absolute())))
-    kind = read_json(folder / "config.json").get("model_type")
+
+    def find() -> Path:
+        return model_folder(named, step_dir=step_dir, where="hf_path").absolute()
+
+    on_rank_0(find)  # what comes from the hub comes once a machine's cache
+    folder = together(find)
+    kind = together(lambda: read_json(folder / "config.json").get("model_type"))
     if kind is not None and kind not in FAMILIES:
         return _by_bridge(
-            f"{folder.name} (model type {kind})", "hf_path",
+            f"{named} (model type {kind})", "hf_path",
             lambda bridge: megatron_bridge.to_megatron(
                 bridge, folder, target, dtype=DTYPES[config["precision"]], trust_remote_code=config["trust_remote_code"]
             ),
@@ -95,7 +100,7 @@ def to_megatron(config: Config, step_dir: Path) -> int:
     origin = on_rank_0(lambda: _origin(config, folder, fingerprint_folder(folder, suffix=".safetensors")))
     if on_rank_0(lambda: _made_before(newest_complete(target), target, origin, "conversion")):
         return exit_codes.FINISHED
-    say(f"{folder} → {target}", a, dtypes.values())
+    _say(f"{folder} → {target}", a, dtypes.values())
     on_rank_0(lambda: _begin(store))
     temporary = store.tmp_path(0)
     try:
@@ -238,7 +243,7 @@ def _write_folder(
         for parameter in group
         for name, part in hf.to_hf(parameter, stored.shape(parameter), a)
     }
-    say(f"{weights} → {target}", a, dtypes.values())
+    _say(f"{weights} → {target}", a, dtypes.values())
     writer = FolderWriter(target, a, dtypes, max_file_bytes=config["max_file_bytes"])
     made.append(writer)
     for group in hf.parameter_names(a):
@@ -368,7 +373,7 @@ def _compare(config: Config, weights: Path, folder: Path, a: Architecture, layou
     return {"max_logit_difference": found.difference, "computed_in": found.dtype, "compared_tokens": found.tokens}
 
 
-def say(what: str, a: Architecture, dtypes: Any) -> None:
+def _say(what: str, a: Architecture, dtypes: Any) -> None:
     """What is converted: how much of which kind."""
     count = sum(torch.Size(hf.hf_shape(name, a)).numel() for name in hf.hf_names(a))
     kinds = ", ".join(sorted({str(dtype).removeprefix("torch.") for dtype in dtypes}))

@@ -35,8 +35,8 @@ def write_weights(policy: Policy, folder: Path, *, max_file_bytes: int = MAX_FIL
         made[0].add(name, value)
 
     def finish() -> None:
-        made[0].finish(config_of(a, dtypes.values()), sync=False)
-        made[0].publish()
+        made[0].finish(config_of(a, dtypes.values()))
+        made[0].publish(sync=False)
 
     on_rank_0(finish)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nemotron_launch.errors import UserError
 from nemotron_launch.trainer.architecture import Architecture, hf_config
+from nemotron_launch.trainer.checkpoints import fsync, fsync_tree
 from nemotron_launch.trainer.hf import INDEX, STORED_DTYPES, WHOLE, hf_names, hf_shape
 
 MAX_FILE_BYTES = 5 << 30
@@ -68,14 +69,11 @@ class FolderWriter:
         except OSError as error:
             self.failure = error
 
-    def finish(self, config: Mapping[str, Any], *, sync: bool = True) -> None:
-        """Close the files; write index and config.json. sync: on disk also after a power cut. Raises what failed."""
+    def finish(self, config: Mapping[str, Any]) -> None:
+        """Close the files; write index and config.json. Raises what went wrong."""
         for file in self._open.values():
             try:
-                with file:
-                    file.flush()
-                    if sync:
-                        os.fsync(file.fileno())
+                file.close()
             except OSError as error:
                 self.failure = self.failure or error
         if self.failure is not None:
@@ -88,9 +86,14 @@ class FolderWriter:
             write_json(self.temporary / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
         write_json(self.temporary / "config.json", config)
 
-    def publish(self) -> None:
-        """Let the folder appear under its name, which must be free."""
+    def publish(self, *, sync: bool = True) -> None:
+        """Let the folder appear under its name, which must be free. sync: on disk also after a power cut."""
+        if sync:
+            fsync_tree(self.temporary)
+            fsync(self.temporary)
         os.replace(self.temporary, self.folder)
+        if sync:
+            fsync(self.folder.parent)
 
     def remove(self) -> None:
         """Leave nothing behind."""

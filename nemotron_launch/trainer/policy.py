@@ -81,7 +81,7 @@ class Policy:
 
     @torch.no_grad()
     def logits(self, batch: Batch) -> Tensor:
-        """Logits [W, V] behind every token that predicts one of the batch's, in its dtype, on all the policy's ranks."""
+        """Logits [W, V] behind every token that predicts one of the batch's, in its dtype, on all of its ranks."""
         seen: list[Tensor] = []
         hook = None
         if self.layout.last_stage:

@@ -134,7 +134,7 @@ def test_weights_without_their_architecture_take_that_of_a_named_model(model, st
 def test_an_architecture_of_megatron_bridge_needs_it(model, tmp_path):
     hybrid = with_config(model, tmp_path / "hybrid", model_type="nemotron_h")
     error = refused(to_megatron, tmp_path / "out", hybrid)
-    assert "hybrid (model type nemotron_h) is not an architecture that is converted here" in str(error)
+    assert f"{hybrid} (model type nemotron_h) is not an architecture that is converted here" in str(error)
     assert "Megatron-Bridge is not installed" in str(error)
     assert "nvcr.io/nvidia/nemo-rl" in str(error)
 
