@@ -23,7 +23,7 @@
     }
 
     card(figure) {
-      const drawing = element("div", { class: "drawing" });
+      const drawing = element("div", { class: "drawing", role: "img", "aria-label": figure.title });
       const legend = element("div", { class: "legend" });
       const help = figure.help ? element("p", { class: "help", hidden: true }, figure.help) : null;
       const card = { figure, drawing, legend, log: false, plot: null };
