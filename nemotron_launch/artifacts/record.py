@@ -23,23 +23,18 @@ from typing import Any
 
 from nemotron_launch import __version__
 from nemotron_launch.artifacts import RECORD, identity, records_around
+from nemotron_launch.artifacts.content import content_of, file_hash
 from nemotron_launch.artifacts.identity import Tokens
 from nemotron_launch.catalog import Port, load_step
 from nemotron_launch.errors import UserError
 from nemotron_launch.frozen import field, frozen
-from nemotron_launch.trainer.checkpoints import INFO, newest_complete
+from nemotron_launch.trainer.checkpoints import newest_complete
 from nemotron_launch.trainer.paths import is_hub_id, resolve_path
 
 log = logging.getLogger(__name__)
 FILE = RECORD
 FORMAT = 1
-LARGEST_HASHED = 64 << 20  # bytes of an input that is hashed whole
 _TAIL = 1 << 16  # bytes of metrics.jsonl's end
-# What tells one content of an artifact from another, in its folder or its newest step_N.
-_TELLING = (INFO, "model.safetensors.index.json", "config.json", "manifest.json")
-_WEIGHTS = ("*.safetensors", "policy/weights/*/*.distcp")
-_SAMPLED = 4  # files of weights whose ends are read
-_END = 1 << 18  # bytes of an end
 
 
 @frozen
@@ -214,25 +209,6 @@ def is_there(made: Made) -> str:
     return "replaced" if made.content and content_of(place) != made.content else ""
 
 
-def content_of(path: Path) -> str:
-    """What tells the content of a file, a model or a checkpoint from another; empty where nothing does."""
-    if path.is_file():
-        return _file_hash(path)
-    telling = next((path / name for name in _TELLING if (path / name).is_file()), None)
-    if telling is None:
-        newest = newest_complete(path)
-        return content_of(newest) if newest else ""
-    weights = [file for pattern in _WEIGHTS for file in path.glob(pattern) if file.is_file()]
-    if not weights:
-        return _file_hash(telling)
-    digest = sha256(_file_hash(telling).encode())
-    for n, file in enumerate(sorted(weights)):
-        digest.update(f"{file.name} {file.stat().st_size}".encode())
-        if n < _SAMPLED:
-            digest.update(_file_hash(file, largest=0).encode())
-    return digest.hexdigest()
-
-
 def last_metrics(folder: Path) -> dict[str, float]:
     """The last value of each metric near the end of a run's metrics.jsonl."""
     found: dict[str, float] = {}
@@ -352,7 +328,7 @@ def _revision() -> str:
 def _config_hash(path: Path) -> str:
     """As the ledger has it: sha256 of the config's text."""
     try:
-        return _file_hash(path)
+        return file_hash(path)
     except OSError:
         return ""
 
@@ -371,7 +347,8 @@ def _read_made(data: Mapping[str, Any], folder: str) -> Made:
     values = dict(data)
     relative, tokens = values.pop("relative"), values.pop("tokens")
     path = os.path.normpath(os.path.join(folder, relative)) if relative else values["path"]
-    return Made(**{**values, "path": path, "tokens": Tokens(**tokens) if tokens else None})
+    known = {name: value for name, value in values.items() if name in Made.__dict__["__dataclass_fields__"]}
+    return Made(**{**known, "path": path, "tokens": Tokens(**tokens) if tokens else None})
 
 
 def _core(made: Sequence[Made]) -> list[tuple[str, ...]]:
@@ -391,20 +368,6 @@ def _finite(metrics: Mapping[str, Any]) -> dict[str, float]:
         for name, value in metrics.items()
         if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     }
-
-
-def _file_hash(path: Path, *, largest: int = LARGEST_HASHED) -> str:
-    """sha256 of a file; of one with more than `largest` bytes, of its size and its ends."""
-    digest = sha256()
-    with path.open("rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(0)
-        if size > max(largest, 2 * _END):
-            digest.update(f"{size} bytes".encode() + file.read(_END))
-            file.seek(size - _END)
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _write(path: Path, data: bytes) -> None:

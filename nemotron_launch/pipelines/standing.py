@@ -12,7 +12,8 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from nemotron_launch.artifacts.record import FILE, Record, content_of, parse
+from nemotron_launch.artifacts.content import content_of
+from nemotron_launch.artifacts.record import FILE, Record, parse
 from nemotron_launch.errors import UserError
 from nemotron_launch.frozen import frozen, replace
 from nemotron_launch.hosts import Host
