@@ -24,9 +24,12 @@ DISTINCT, EXACT, NEAR = 0, 1, 2
 #: Texts of the rows with these numbers (ascending), in that order.
 Texts = Callable[[np.ndarray], Sequence[str]]
 
-#: Rows that one bucket file holds about, and records read at once: they bound the memory, not the result.
+#: Rows that one bucket file holds about, and records read at once: they decide the memory, not the result.
 BUCKET_ROWS = 1 << 19
 CHUNK_ROWS = 1 << 15
+
+#: Bucket files that are open at once, at most; processes are often allowed 1,024.
+OPEN_FILES = 600
 
 #: In a group of rows that agree in a band, each row is compared with so many earlier ones that are distinct; rows that
 #: share long phrases and are still distinct would otherwise all be compared with each other.
@@ -231,7 +234,7 @@ class _Buckets:
     def __init__(self, folder: Path, name: str, kinds: int, rows: int, *, words: int) -> None:
         self._dtype = np.dtype([("hash", "<u8", (words,)), ("row", "<u4")])
         self._files = 1
-        while self._files * BUCKET_ROWS < rows and self._files < 32:
+        while self._files * BUCKET_ROWS < rows and 2 * self._files * kinds <= OPEN_FILES:
             self._files *= 2
         self._paths = [[folder / f"{name}-{kind}-{i}.bucket" for i in range(self._files)] for kind in range(kinds)]
         self._open: list[list[BinaryIO]] = []
