@@ -65,9 +65,14 @@ class Prepared:
         return "\n".join(f"{message['role']}: {_said(message)}" for message in self.messages)
 
     @property
+    def said(self) -> str:
+        """The answers as one text; what stands before each is no white space, so `1 2` and `3` are not `1` and `2 3`."""
+        return "\n".join([f"\0{answer}" for answer in self.answers])
+
+    @property
     def text(self) -> str:
         """The whole row as one text, by which it is compared with others."""
-        return "\n".join((self.prompt, *self.answers))
+        return f"{self.prompt}\n{self.said}" if self.answers else self.prompt
 
 
 def preparer(target: str, source: Source) -> Callable[[dict[str, Any]], Prepared]:
@@ -206,8 +211,9 @@ def _prompt(row: dict[str, Any], source: Source) -> Prepared:
 def _asked(row: dict[str, Any]) -> tuple[list[Message], Any, str]:
     """What is asked, an answer that the conversation ended with, and the column that this was taken from."""
     messages, answer = asked(row, {})
-    used = next((name for name in PROMPT_KEYS if row.get(name) is not None), "")
-    return _with_system(messages, row), answer, "" if responses_params(row) is not None else used
+    is_gym = (GYM_KEY in row or "extra_env_info" in row) and responses_params(row) is not None
+    used = "" if is_gym else next((name for name in PROMPT_KEYS if row.get(name) is not None), "")
+    return _with_system(messages, row), answer, used
 
 
 def _take_answer(row: Row, data: dict[str, Any], ended_with: Any) -> Any:

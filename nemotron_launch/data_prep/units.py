@@ -239,7 +239,7 @@ class _Part:
             return
         task = self._task
         prompts = [row.prompt for row in rows]
-        answers = ["\n".join(row.answers) for row in rows]
+        answers = [row.said for row in rows]
         apart = answers if task.near and not rows[0].trained else None
         if task.with_whole and task.with_asked and task.by == "row":
             whole, asked = duplicates.row_signatures(prompts, answers, task.near, apart=apart)

@@ -62,6 +62,16 @@ def test_every_row_is_kept_or_has_a_reason_with_its_line(tmp_path: Path) -> None
     ]
 
 
+def test_rows_that_only_read_alike_are_told_apart(tmp_path: Path) -> None:
+    texts = [("1", "2", "3 4"), ("1", "2 3", "4"), ("1 2", "3", "4"), ("1", "3 4", "2")]
+    rows = [{"prompt": prompt, "chosen": chosen, "rejected": rejected} for prompt, chosen, rejected in texts]
+    write_rows(tmp_path / "a.jsonl", rows)
+    write_rows(tmp_path / "v.jsonl", pairs(1))
+    blend = write_blend(tmp_path, [{"path": "a.jsonl"}, {"path": "v.jsonl", "use": "validation"}])
+    manifest = run(blend, tmp_path / "out", "target=dpo", "dedup.near=false")
+    assert (manifest["counts"]["train"], manifest["counts"]["dropped"]) == (4, {})
+
+
 def test_manifest_names_shards_and_sources_with_their_hashes(tmp_path: Path) -> None:
     write_rows(tmp_path / "a.jsonl", pairs(*range(100)))
     blend = write_blend(tmp_path, [{"path": "a.jsonl"}])
