@@ -12,6 +12,7 @@ from nemotron_launch.errors import UserError
 from nemotron_launch.jobs.ledger import FILE, Ledger, state_folder
 from nemotron_launch.jobs.run import Run
 from nemotron_launch.jobs.run_folder import Progress
+from nemotron_launch.reports.run_data import flat_config
 
 _SETTLED = 2.0  # seconds after which a change of a file that was missed would have another time
 _SHOWN = (
@@ -95,7 +96,7 @@ class Rows:
             if self.runs.get(run_id) == run:
                 continue
             changed = True
-            row = {name: getattr(run, name) for name in _SHOWN}
+            row = {name: getattr(run, name) for name in _SHOWN} | {"overrides": [_masked(one) for one in run.overrides]}
             if run_id in self._progress:
                 row["progress"] = self._progress[run_id]
             self._rows[run_id] = (change, row)
@@ -104,6 +105,12 @@ class Rows:
             self._progress.pop(name, None)
         self.runs, self._order = now, list(now)
         self.change = change if changed else self.change
+
+
+def _masked(override: str) -> str:
+    """An override as reports show it: without the secret that its key says it is."""
+    key, equals, value = override.partition("=")
+    return f"{key}={flat_config({key: value})[key]}" if equals else override
 
 
 def _stamp(ledger: Path) -> object:

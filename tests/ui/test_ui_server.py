@@ -168,6 +168,12 @@ def test_the_list_is_told_once_and_then_what_is_new(pages: Pages) -> None:
     assert "two" not in pages.json(f"/api/runs?since={news['change']}")["gone"]
 
 
+def test_secrets_in_overrides_are_masked(pages: Pages) -> None:
+    add(row("one", overrides=("a.api_key=abc123xyz", "b.lr=1e-3", "c.name=hf_abcdefghijkl")))
+    _, _, text = pages.ask("/")
+    assert "abc123xyz" not in text and "hf_abc" not in text and "b.lr=1e-3" in text
+
+
 def test_a_run_is_told_whole_and_then_only_its_news(pages: Pages, tmp_path: Path) -> None:
     run = finished(tmp_path, lines=numbers(1, 2, 3))
     add(run)
