@@ -15,6 +15,9 @@ import pytest
 from tests.conftest import Nemotron
 from tests.sites import SLURM, profile_file
 from tests.slurm.cluster import WAIT, Cluster
+from tests.slurm.login import Client, client, login
+
+__all__ = ["client", "login"]
 
 PIPELINE = """\
 output_dir: out
@@ -94,3 +97,19 @@ def test_a_stage_behind_one_that_fails_never_runs_and_the_same_command_goes_on(p
     assert attached.returncode == 0, attached.stderr
     assert "stage 1 of 2, first: sft/small -c default, again: its config has changed" in attached.stderr
     assert [one["state"] for one in stages(pipeline)] == ["done", "done"]
+
+
+@pytest.mark.slow
+def test_over_ssh_stages_are_followed_and_what_a_changed_one_left_is_moved_aside_there(client: Client) -> None:
+    (client.folder / "pair.yaml").write_text(PIPELINE)
+    command = ("pipeline", "run", "pair.yaml", "-r", "./site.yaml")
+    client.run(*command)
+    found = json.loads(client.run("pipeline", "status", "pair.yaml", "-p", "./site.yaml", "--json"))
+    assert [one["state"] for one in found] == ["done", "done"]
+    client.run(*command, "second.env_vars={A: 1}")
+    there = client.folder / "cluster" / "out"
+    assert sorted(path.name for path in there.iterdir()) == ["first", "second", "second.1"]
+    configs = [json.loads((there / name / "seen.json").read_text())["config"] for name in ("second", "second.1")]
+    assert [config.get("env_vars") for config in configs] == [{"A": 1}, None]
+    rows = json.loads(client.run("jobs", "list", "--json"))
+    assert [row["stage"] for row in rows][::-1] == ["first", "second", "second"]
