@@ -21,8 +21,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from nemotron_launch import __version__
 from nemotron_launch.artifacts import RECORD, identity, records_around
+from nemotron_launch.artifacts.code_version import code_of
 from nemotron_launch.artifacts.content import content_of, file_hash
 from nemotron_launch.artifacts.identity import Tokens
 from nemotron_launch.catalog import Port, load_step
@@ -34,6 +34,7 @@ from nemotron_launch.trainer.paths import is_hub_id, resolve_path
 log = logging.getLogger(__name__)
 FILE = RECORD
 FORMAT = 1
+_SOURCES = 200  # of a manifest that are recorded
 _TAIL = 1 << 16  # bytes of metrics.jsonl's end
 
 
@@ -106,7 +107,7 @@ def register(
     folder = Path(str(config["output_dir"])).expanduser().absolute()
     path = folder / FILE
     made = tuple(_made(step_dir, config, folder))
-    used = tuple(_used(step_dir, config))
+    used = (*_used(step_dir, config), *_blended(made))
     config_sha256 = _config_hash(config_path)
     with contextlib.suppress(UserError):
         old = read(path)
@@ -118,7 +119,7 @@ def register(
         created=time.time(),
         artifacts=made,
         inputs=used,
-        code=_code(config_path),
+        code=code_of(config_path),
         metrics=_finite(metrics if metrics is not None else last_metrics(folder)),
         folder=str(folder),
     )
@@ -295,34 +296,26 @@ def _one_used(port: Port, value: str, step_dir: Path) -> Used:
     return Used(port.type, port.key, value, str(path), content_of(path), digest)
 
 
+def _blended(made: Sequence[Made]) -> Iterator[Used]:
+    """The sources that a manifest of data_prep/rl_prep names: files by path, datasets of the hub by id."""
+    for one in made:
+        if one.type != "prepared_jsonl":
+            continue
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            entries = [
+                (str(source["name"]), str(value))
+                for source in json.loads(Path(one.path).read_text(encoding="utf-8"))["sources"]
+                for _, value in source["entries"]
+            ]
+            for name, value in entries[:_SOURCES]:
+                yield _one_used(Port("raw_jsonl", False, f"blend: {name}", ""), value, Path())
+
+
 def _get(config: Mapping[str, Any], key: str) -> Any:
     value: Any = config
     for segment in key.split("."):
         value = value.get(segment) if isinstance(value, Mapping) else None
     return value
-
-
-def _code(config_path: Path) -> dict[str, Any]:
-    """The package's version, the revision of the checkout that it lies in, and the bundle that travelled."""
-    folders = (config_path.absolute().parent, config_path.absolute().parent.parent)
-    bundle = next((file.name for folder in folders for file in sorted(folder.glob("code-*.tar.gz"))), "")
-    return {"version": __version__, "git_revision": "" if bundle else _revision(), "bundle": bundle}
-
-
-def _revision() -> str:
-    """The commit that is checked out around the package; empty in a wheel and where git keeps it otherwise."""
-    git = Path(__file__).resolve().parents[2] / ".git"
-    with contextlib.suppress(OSError, ValueError):
-        head = (git / "HEAD").read_text(encoding="utf-8").strip()
-        if not head.startswith("ref: "):
-            return head
-        name = head.removeprefix("ref: ")
-        if (git / name).is_file():
-            return (git / name).read_text(encoding="utf-8").strip()
-        for line in (git / "packed-refs").read_text(encoding="utf-8").splitlines():
-            if line.endswith(f" {name}"):
-                return line.partition(" ")[0]
-    return ""
 
 
 def _config_hash(path: Path) -> str:

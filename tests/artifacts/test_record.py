@@ -181,3 +181,20 @@ def test_the_checkpoint_that_counts_is_the_newest(ledger: Ledger) -> None:
     step = find_step("sft/megatron")
     made = record.read(record.register(step.folder, config.data, config_path=Path(run.run_dir, "config.yaml")))
     assert made and made.artifacts[0].checkpoint == "step_12"
+
+
+def test_the_sources_of_prepared_rows_are_their_inputs(ledger: Ledger) -> None:
+    first = finished(ledger, "data_prep/rl_prep", run_id="prep-1")
+    Path("mine.jsonl").write_text("{}\n")
+    step, config = composed("data_prep/rl_prep", "output_dir=second")
+    entries = [["file", str(Path("mine.jsonl").absolute())], ["file", f"{first.output_dir}/manifest.json"]]
+    Path("second").mkdir()
+    sources = [{"name": "mine", "entries": entries}, {"name": "theirs", "entries": [["hub", "some/rows"]]}]
+    Path("second/manifest.json").write_text(json.dumps({"sources": sources}))
+    made = record.read(record.register(step.folder, config.data, config_path=Path("config.yaml")))
+    assert made
+    own, prepared, hub = [used for used in made.inputs if used.type == "raw_jsonl"]
+    assert (own.key, own.path, bool(own.content)) == ("blend: mine", entries[0][1], True)
+    earlier = record.read(Path(first.output_dir))
+    assert earlier and prepared.record == earlier.digest
+    assert (hub.value, hub.path) == ("some/rows", "")
