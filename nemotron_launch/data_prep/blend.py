@@ -114,7 +114,7 @@ def load_blend(path: Path, step_dir: Path) -> Blend:
         raise UserError(
             f"{count} not there",
             where=display(path),
-            hint="\n".join([*missing, f"paths are relative to {display(path.parent)}"]),
+            hint="\n".join([*missing, "paths are relative to the blend's folder"]),
         )
     return Blend(path, hashlib.sha256(path.read_bytes()).hexdigest(), sources, references)
 

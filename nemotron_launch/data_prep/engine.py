@@ -15,7 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -315,7 +315,7 @@ def _second_pass(
         with suppress(OSError, ValueError, TypeError):
             done[i] = Written(**json.loads((made.work / f"{shard.name}.json").read_bytes()))
     left = [i for i in range(len(planned)) if i not in done]
-    with pool.Pool(min(workers, max(len(left), 1)), replace(task, tokenizer=None), {}) as workers_pool:
+    with pool.Pool(min(workers, max(len(left), 1)), task, {}) as workers_pool:
         for place, written in workers_pool.shards([planned[i] for i in left], names, made.work):
             shard = planned[left[place]]
             write_whole(made.work / f"{shard.name}.json", json.dumps(vars(written)).encode())

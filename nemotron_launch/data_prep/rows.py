@@ -66,7 +66,7 @@ class Prepared:
 
     @property
     def said(self) -> str:
-        """The answers as one text; what stands before each is no white space, so `1 2` and `3` are not `1` and `2 3`."""
+        """The answers as one text; before each is something that is no white space: `1 2`, `3` are not `1`, `2 3`."""
         return "\n".join([f"\0{answer}" for answer in self.answers])
 
     @property

@@ -17,6 +17,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -105,11 +106,13 @@ class Worker:
 
     def __init__(self, task: Task, datasets: Mapping[str, Sequence[str]]) -> None:
         self._task = task
-        self._counter: TokenCounter | None = (
-            load_counter(task.tokenizer, step_dir=task.step_dir) if task.tokenizer else None
-        )
         self._placeholders = Placeholders(task.references, datasets) if task.resolve else None
         self._prepare = [preparer(task.target, source) for source in task.sources]
+
+    @cached_property
+    def _counter(self) -> TokenCounter | None:
+        # Not where the process begins: there nobody could hear what is wrong with it.
+        return load_counter(self._task.tokenizer, step_dir=self._task.step_dir) if self._task.tokenizer else None
 
     def do(self, unit: Unit) -> Done:
         """Read a unit and write its parts. Raises UserError for a file that is damaged as a whole."""
