@@ -1,10 +1,11 @@
-"""One rank of a layout under test: trains DPO, then GRPO, and writes what it saw. Started through `spawn`."""
+"""One rank of the layouts under test: of each trains DPO, then GRPO, and writes what it saw. Run by `spawn`."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +63,7 @@ def grpo_steps(policy: Policy, micro: int, make: Callable[[list[Group]], Batch])
     return [policy.train_step(batches, loss, GRPO_METRICS) for _ in range(3)]
 
 
-def main() -> None:
+def arguments(words: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
@@ -76,8 +77,19 @@ def main() -> None:
     parser.add_argument("--no-sharing", action="store_true")
     parser.add_argument("--load", type=Path)
     parser.add_argument("--save", type=Path)
-    args = parser.parse_args()
+    return parser.parse_args(words)
+
+
+def main() -> None:
+    """One layout after the other; the arguments of each are a list in a JSON file."""
     torch.set_num_threads(1)
+    for words in json.loads(Path(sys.argv[1]).read_text()):
+        run(arguments(words))
+        parallel.parallel_state.destroy_model_parallel()
+    parallel.stop()
+
+
+def run(args: argparse.Namespace) -> None:
     layout = parallel.start(tensor=args.tp, pipeline=args.pp, sequence_parallel=args.sp, device="cpu", seed=1)
     numerics = Numerics(recompute_granularity="full" if args.recompute else None)
     architecture = hf.read_config(args.model)
@@ -128,7 +140,7 @@ def main() -> None:
     rollouts = grpo_steps(policy, args.micro, make)
     if layout.rank == 0:
         args.out.write_text(json.dumps({"steps": lines, "grpo": rollouts, "texts": texts}))
-    parallel.stop()
+    parallel.barrier()
 
 
 if __name__ == "__main__":

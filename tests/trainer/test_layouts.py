@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ LAYOUTS = {
     "tp2-sp-recompute": ("--tp", "2", "--sp", "--recompute"),
     "pp2-recompute": ("--pp", "2", "--recompute"),
 }
+WAYS = {"micro 4": ("--micro", "4"), "no-sharing": ("--no-sharing",), "recompute": ("--recompute",)}
 
 
 @pytest.fixture(scope="module", params=["untied", "tied"])
@@ -33,18 +35,25 @@ def model(request, tmp_path_factory, layout):
     return folder
 
 
-def train(model: Path, out: Path, procs: int, *options: str) -> dict:
+def train(model: Path, folder: Path, procs: int, runs: Mapping[str, Sequence[str]]) -> dict[str, dict]:
+    """What each of the runs saw, one after the other in the same processes: to start these costs more than a run."""
+    outs = {name: folder / f"{procs} {name}.json" for name in runs}
+    words = [["--model", str(model), "--out", str(outs[name]), *options] for name, options in runs.items()]
+    listed = folder / f"{procs}.json"
+    listed.write_text(json.dumps(words))
     command = [sys.executable, "-W", "ignore", "-m", "nemotron_launch.trainer.spawn", "--procs", str(procs), "--"]
-    command += [str(WORKER), "--model", str(model), "--out", str(out), *map(str, options)]
     env = {**os.environ, "PYTHONPATH": str(WORKER.parent), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+    done = subprocess.run([*command, str(WORKER), str(listed)], capture_output=True, text=True, env=env, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads(out.read_text())
+    return {name: json.loads(out.read_text()) for name, out in outs.items()}
 
 
 @pytest.fixture(scope="module")
-def alone(model, tmp_path_factory):
-    return train(model, tmp_path_factory.mktemp("alone") / "out.json", 1)
+def trained(model, tmp_path_factory) -> dict[str, dict]:
+    """`first`, which saves after three steps, the LAYOUTS, `alone` on one process and in other WAYS."""
+    folder = tmp_path_factory.mktemp("layouts")
+    first = {"first": ("--tp", "2", "--steps", "3", "--save", str(model.parent / "saved"))}
+    return train(model, folder, 2, first | LAYOUTS) | train(model, folder, 1, {"alone": (), **WAYS})
 
 
 def assert_same_steps(got: list[dict], expected: list[dict], *, relative: float = 1e-5) -> None:
@@ -63,8 +72,8 @@ def assert_same_rollout_steps(got: list[dict], expected: list[dict]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_layout_trains_and_writes_like_one_process(model, alone, name, tmp_path):
-    got = train(model, tmp_path / "out.json", 2, *LAYOUTS[name])
+def test_layout_trains_and_writes_like_one_process(trained, name):
+    got, alone = trained[name], trained["alone"]
     assert_same_steps(got["steps"], alone["steps"])
     assert_same_rollout_steps(got["grpo"], alone["grpo"])
     for temperature, texts in alone["texts"].items():
@@ -74,22 +83,19 @@ def test_layout_trains_and_writes_like_one_process(model, alone, name, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [("--micro", "4"), ("--no-sharing",), ("--recompute",)], ids=" ".join)
-def test_how_a_batch_is_computed_changes_no_loss(model, alone, options, tmp_path):
-    got = train(model, tmp_path / "out.json", 1, *options)
+@pytest.mark.parametrize("way", WAYS)
+def test_how_a_batch_is_computed_changes_no_loss(trained, way):
+    got, alone = trained[way], trained["alone"]
     assert_same_steps(got["steps"], alone["steps"])
     assert_same_rollout_steps(got["grpo"], alone["grpo"])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", [("1",), ("2", "--pp", "2"), ("2",), ("2", "--tp", "2")], ids=" ".join)
-def test_a_checkpoint_of_two_tensor_ranks_resumes_at_another_layout(model, alone, target, tmp_path):
-    first = train(model, tmp_path / "first.json", 2, "--tp", "2", "--steps", "3", "--save", tmp_path / "saved")
-    rest = train(
-        model, tmp_path / "rest.json", int(target[0]), *target[1:], "--first-step", "3", "--steps", "2",
-        "--load", tmp_path / "saved",
-    )  # fmt: skip
-    assert_same_steps(first["steps"] + rest["steps"], alone["steps"])
+def test_a_checkpoint_of_two_tensor_ranks_resumes_at_another_layout(model, trained, target, tmp_path):
+    rest = (*target[1:], "--first-step", "3", "--steps", "2", "--load", str(model.parent / "saved"))
+    got = train(model, tmp_path, int(target[0]), {"rest": rest})["rest"]
+    assert_same_steps(trained["first"]["steps"] + got["steps"], trained["alone"]["steps"])
 
 
 def test_megatron_keys_are_those_that_transformer_engine_would_write(layout):
