@@ -32,10 +32,9 @@ def apply_manifest(root: Node, order: Mapping[str, int], env: Mapping[str, str])
     given = tree.find(root, MANIFEST)
     if given is None or given.value is None or resolve_at(root, MANIFEST, env) is None:
         return root
-    top = order.get(COMMAND_LINE.origin, 1)
-    from_env = "${oc.env:" in str(given.value)
     rank = float(order.get(given.source.origin, 1))
-    rank = max(rank, top - 0.5) if from_env else rank
+    if "${oc.env:" in str(given.value):
+        rank = max(rank, order.get(COMMAND_LINE.origin, 1) - 0.5)
     for section in ("train", "validation", "default"):
         for key, without in _OF_A_SOURCE.items():
             path = ("data", section, key)

@@ -209,6 +209,7 @@ def test_signatures_of_rows_are_those_of_their_texts(rows: list[tuple[str, str]]
         assert (exact == duplicates.signatures(texts, None)).all()
 
 
+@settings(deadline=None)
 @given(st.text() | st.text(st.sampled_from("aB \t\n\u00a0\u3000\u2028\u200bß ")))
 def test_normalised_text_is_as_it_is_said_to_be(text: str) -> None:
     assert minhash.normalised(text) == plain(text)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemotron_launch.data_prep.lengths import Lengths, load_counter
@@ -99,6 +99,7 @@ def test_a_worker_counts_without_torch_and_transformers(folder: Path) -> None:
     assert done.stdout.strip() == "[]"
 
 
+@settings(deadline=None)
 @given(st.lists(st.lists(st.integers(0, 3000), max_size=40), max_size=4), st.integers(0, 3000))
 def test_summary_of_merged_lengths_is_that_of_all_rows(workers: list[list[int]], limit: int) -> None:
     total = Lengths()
