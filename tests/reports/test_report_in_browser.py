@@ -233,11 +233,19 @@ def test_the_theme_is_changed_and_news_are_drawn(browser: Browser, one: Path) ->
     browser.run("""
         const data = JSON.parse(document.getElementById('data').textContent);
         data.runs[0].last_step = 61; data.runs[0].state = 'running';
+        const reward = data.runs[0].metrics.of['train/reward'];
+        data.runs[0].metrics.axes[reward.axis].push(61);
+        for (const curve of Object.values(data.runs[0].metrics.of)) {
+            if (curve.axis === reward.axis) curve.y.push(curve === reward ? 0.125 : curve.y.at(-1));
+        }
+        window.before = document.querySelector('#plot-reward canvas');
         document.querySelector('#section-config input').value = 'kept';
         Nemotron.show(data);
     """)
     assert "running" in browser.text(".head")
     assert "step 61" in browser.text(".head")
+    assert "0.125" in browser.text("#plot-reward .legend")
+    assert browser.run("return document.querySelector('#plot-reward canvas') === window.before"), "drawn on, not anew"
     assert browser.run("return document.querySelector('#section-config input').value") == "kept"
     assert browser.complaints() == []
     browser.run("localStorage.clear()")
