@@ -120,6 +120,7 @@ def test_a_stage_that_was_killed_goes_on_in_its_folder(run: Run, nemotron: Nemot
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as child:
         until(lambda: Path("out/three/second/ready").exists(), "the second stage at work")
         child.kill()
+        child.wait()
     assert stages(nemotron, "second.wait=true")["second"]["state"] == "to do"
     Path("out/three/second/ready").rename("out/three/second/kept")
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as child:

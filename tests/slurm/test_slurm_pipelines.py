@@ -80,6 +80,18 @@ def test_stages_run_after_each_other_and_what_is_done_is_not_submitted_again(
     assert (again.returncode, json.loads(again.stdout)) == (0, [])
 
 
+def test_a_stage_on_this_machine_hands_on_to_one_on_its_cluster(pipeline: Pipeline) -> None:
+    Path("pair.yaml").write_text(PIPELINE.replace("step: rl/pairs", "step: rl/pairs, profile: cluster"))
+    refused = pipeline("run", "-b", "local")
+    assert refused.returncode == 2 and "neither can wait for the other" in refused.stderr
+    done = pipeline("run")
+    assert done.returncode == 0, done.stderr
+    first, second = stages(pipeline)
+    assert (first["profile"], second["profile"]) == ("", "cluster")
+    seen = json.loads((Path(second["output_dir"]) / "seen.json").read_text())
+    assert seen["config"]["checkpointing"]["pretrained"] == str(Path("out/first/checkpoints").absolute())
+
+
 def test_what_is_missing_on_the_cluster_is_said_before_anything_is_submitted(pipeline: Pipeline) -> None:
     done = pipeline("run", "-b", "cluster", "second.data.path=nope.jsonl")
     assert done.returncode == 2
