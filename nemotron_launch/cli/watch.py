@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
 import time
@@ -18,6 +19,7 @@ from nemotron_launch.cli.job_tables import state_line
 from nemotron_launch.cli.jobs import RUNS, opened
 from nemotron_launch.cli.watch_view import Facts, curves_of, number, table_view, view
 from nemotron_launch.errors import UserError
+from nemotron_launch.frozen import replace
 from nemotron_launch.jobs.follow import Answer, Detached, Pace, any_ended, follow
 from nemotron_launch.jobs.ledger import Ledger
 from nemotron_launch.jobs.log_stream import LogStream, Piece
@@ -31,6 +33,7 @@ from nemotron_launch.reports.sources import config_of, missing, open_runs, updat
 
 _LOG = 64 << 10  # bytes of a log's end that are read at first
 _NUMBERS = 4  # metrics of a line where there is no terminal
+_TOTAL = re.compile(r"\bstep \d+/(\d+)\b")  # the trainer knows how many steps its rows are enough for
 _REDRAW = 1.0  # seconds: times go on without any news
 
 
@@ -127,6 +130,7 @@ class Screen:
         self.known, self.files, self.interrupt, self._terminal = Known(run), files, interrupt, terminal
         self.lines_of_log: deque[str] = deque(maxlen=200)
         self.text = ""
+        self.total: int | None = None
         self._half = set(half)  # logs of which the first line is the end of one
         self._dirty = True
         self._lines = None if sys.stdout.isatty() else Lines()
@@ -138,7 +142,10 @@ class Screen:
         if piece.source in self._half:
             self._half.discard(piece.source)
             lines = lines[1:]
-        self.lines_of_log.extend(clean(line) for line in lines[-200:])
+        shown = [clean(line) for line in lines[-200:]]
+        self.lines_of_log.extend(shown)
+        if told := next((found for line in reversed(shown) if (found := _TOTAL.search(line))), None):
+            self.total = int(told[1])
         self._dirty = True
 
     def state(self, known: Known) -> None:
@@ -178,7 +185,7 @@ class Screen:
 
     def facts(self) -> Facts:
         run, seen = self.known.run, self.known.seen
-        return self.files.facts(
+        facts = self.files.facts(
             run,
             nodes=seen.nodes if seen else (),
             expected_start=seen.expected_start if seen else None,
@@ -186,6 +193,7 @@ class Screen:
             lines=list(self.lines_of_log),
             notice=self.text or self.files.problem or self.files.why_none(run),
         )
+        return replace(facts, total=self.total or facts.total)
 
     def picture(self, width: int, height: int | None) -> Any:
         return view(self.facts(), width, height)
@@ -292,7 +300,8 @@ def _watch_one(ledger: Ledger, backends: Backends, run: Run) -> list[Run]:
         stream = LogStream(run, _shown, start)
         with Terminal() as terminal:
             screen = Screen(run, files, interrupt, terminal, [source for source, at in start.items() if at])
-            screen.look()
+            if sys.stdout.isatty():  # lines wait for what the log says of the steps
+                screen.look()
             ended = follow(ledger, backend, [run], screen, streams=[stream])
         screen.known = Known(ended[0])
         files.read(ended)

@@ -44,7 +44,7 @@ _ALONE = (
     "policy",
 )  # labels that say nothing new
 _NARROW, _CELL = 72, 36  # columns below which a curve is one line; columns of a curve
-_LOG = 6  # lines that are left for the log
+_LOG = 9  # lines that are left for the log
 _RECENT = 20  # steps by whose time what is left is reckoned
 
 
@@ -81,9 +81,14 @@ def curves_of(metrics: MetricsFile) -> list[Curve]:
             held_out = line.label.startswith("validation")
             if number == 0 or held_out or key in _WHOLE:
                 said = line.label in _ALONE or line.label.lower() in (name, by_key[key].title.lower())
-                label = "val " + name if held_out else name if said else f"{name} {line.label}"
-                found.append(Curve(label, line.metric))
-    return found
+                more = "" if said else line.label.removeprefix("validation").strip()
+                found.append(Curve(plain(f"{'val ' * held_out}{name} {more}".rstrip()), line.metric))
+    return sorted(found, key=lambda one: _still(metrics.values(one.metric)))
+
+
+def _still(values: Sequence[float]) -> bool:
+    """Whether a metric has not moved so far: it stands behind the others."""
+    return len(values) > 1 and min(values) == max(values)
 
 
 def step_seconds(metrics: MetricsFile) -> float | None:

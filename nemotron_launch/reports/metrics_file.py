@@ -77,6 +77,16 @@ class MetricsFile:
         """The last bytes taken. They stand before `offset` in the file, unless it has been cut or replaced."""
         return self._tail
 
+    def since(self, step: int) -> MetricsFile:
+        """What it says of this step and those behind it; metrics without any are left out."""
+        newer = MetricsFile(self.file)
+        newer.last = self.last
+        for name, steps in self._steps.items():
+            at = bisect_left(steps, step)
+            if at < len(steps):
+                newer._steps[name], newer._values[name] = steps[at:], self._values[name][at:]
+        return newer
+
     # How it comes in.
 
     def feed(self, data: bytes) -> None:

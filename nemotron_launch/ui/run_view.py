@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from bisect import bisect_left
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from typing import Any
@@ -12,8 +11,7 @@ from nemotron_launch.errors import UserError
 from nemotron_launch.jobs.ledger import Ledger
 from nemotron_launch.jobs.run import Run
 from nemotron_launch.reports.collect import lineage_of, run_warnings
-from nemotron_launch.reports.metrics_file import MetricsFile
-from nemotron_launch.reports.run_data import POINTS, report_data, thinned
+from nemotron_launch.reports.run_data import POINTS, curves, report_data
 from nemotron_launch.reports.sources import missing
 from nemotron_launch.ui.log_tails import chosen
 from nemotron_launch.ui.places import Watched
@@ -54,30 +52,12 @@ def news(watched: Watched, mark: str, step: int) -> Data | None:
             return None
         return {
             "live": _live(watched),
-            "metrics": since(metrics, step),
+            "metrics": curves(metrics.since(step), POINTS),
             "last_step": metrics.last_step,
             "warnings": _warnings(watched),
             "problems": list(metrics.problems),
             "bad_lines": metrics.bad_lines,
         }
-
-
-def since(metrics: MetricsFile, step: int) -> Data:
-    """Curves from a step on, as `curves` gives whole ones; those that have nothing new are left out."""
-    axes: list[list[float]] = []
-    known: dict[tuple[float, ...], int] = {}
-    found: Data = {}
-    for name in metrics.names:
-        steps, values = metrics.steps(name), metrics.values(name)
-        at = bisect_left(steps, step)
-        if name == "epoch" or at == len(steps):
-            continue
-        x, curve = thinned(steps[at:], values[at:], POINTS)
-        axis = known.setdefault(tuple(x), len(axes))
-        if axis == len(axes):
-            axes.append(x)
-        found[name] = {"axis": axis, **curve}
-    return {"axes": axes, "of": found}
 
 
 def logs(watched: Watched, wanted: str, number: int | None) -> Data:
