@@ -19,6 +19,7 @@ from nemotron_launch.catalog import Port, Step, is_a, load_artifacts, load_steps
 from nemotron_launch.config.compose import Composed
 from nemotron_launch.errors import UserError
 from nemotron_launch.trainer.data.manifest import check_rows_for
+from nemotron_launch.trainer.paths import is_hub_id
 
 ALLOW = "run.allow_other_tokenizer"
 _OTHER_MODELS = ("env",)  # sections whose models are not the policy: judges and reward models
@@ -137,8 +138,9 @@ def _check_tokens(made: Made, step: Step, composed: Composed, key: str, what: st
 def _tokenizers_differ(ours: Tokens, theirs: Tokens) -> bool:
     if ours.tokenizer and theirs.tokenizer:
         return ours.tokenizer != theirs.tokenizer
-    # Nothing that has a name of its own is the byte-level one.
-    return (ours.name == BYTES) != (theirs.name == BYTES) and bool(ours.name and theirs.name)
+    # No tokenizer of the hub is the byte-level one; a folder that cannot be read from here may hold it.
+    one, other = sorted((ours, theirs), key=lambda tokens: tokens.tokenizer != identity.bytes_hash())
+    return one.tokenizer == identity.bytes_hash() and other.name != BYTES and is_hub_id(other.name)
 
 
 def _templates_differ(ours: Tokens, theirs: Tokens) -> bool:

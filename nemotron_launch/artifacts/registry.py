@@ -209,6 +209,7 @@ def register(ledger: Ledger, host: Host | None, runs: Sequence[Run], warn: Warn 
     such a run waits for a call with it. UserError: the host cannot be reached.
     """
     found: list[tuple[Run, Record | None]] = []
+    runs = [run for run in runs if run.executor != "local" or run.host in ("", os.uname().nodename)]  # others': theirs
     for start in range(0, len(runs), _AT_ONCE):
         part = runs[start : start + _AT_ONCE]
         if host is None:

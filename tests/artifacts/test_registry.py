@@ -99,6 +99,13 @@ def test_a_record_on_its_way_through_a_file_system_is_waited_for_and_then_no_mor
     assert [run_id for (run_id,) in ledger.query("SELECT run_id FROM registered")] == ["never"]
 
 
+def test_a_run_of_another_machine_is_left_to_that_machine(ledger: Ledger) -> None:
+    run = row("theirs", Path.cwd(), state="finished", ended=1.0, host="another-machine")
+    ledger.add([run])
+    registry.register(ledger, open_host({}), [run])
+    assert ledger.query("SELECT * FROM registered") == []
+
+
 def test_a_record_that_is_none_is_a_warning_once(ledger: Ledger) -> None:
     run = finished(ledger, run_id="sft-1", register=False)
     Path(run.output_dir, record.FILE).write_text("{}")
