@@ -67,38 +67,34 @@ def write_quarantine(
 def write_dropped(path: Path, folder: Path, parts: Sequence[Part], chosen: Selection) -> None:
     """Write of every duplicate, leak and overlong row where it was, why it is left out, and which row it repeats."""
     firsts = np.array([part.first for part in parts], np.int64)
-    lines = _Lines(folder, parts)
+    repeated = np.unique(chosen.of[np.isin(chosen.fate, _LISTED)])
+    lines = _lines_of(repeated, folder, parts)
     with path.open("w", encoding="utf-8", newline="\n") as out:
         for part in parts:
             fate = chosen.fate[part.first : part.first + part.rows]
             rows = np.flatnonzero(np.isin(fate, _LISTED))
             if not len(rows):
                 continue
-            own = lines.of(part)[rows].tolist()
-            of = chosen.of[part.first + rows].astype(np.int64)
-            others = [parts[i] for i in (np.searchsorted(firsts, of, side="right") - 1).tolist()]
-            for line, code, row, other in zip(own, fate[rows].tolist(), of.tolist(), others, strict=True):
+            own = part.line + read_array(folder / f"{part.name}.index", INDEX)["line"][rows].astype(np.int64)
+            of = chosen.of[part.first + rows]
+            others = (np.searchsorted(firsts, of, side="right") - 1).tolist()
+            other_lines = lines[np.searchsorted(repeated, of)].tolist()
+            for line, code, i, other_line in zip(own.tolist(), fate[rows].tolist(), others, other_lines, strict=True):
                 said = {"place": f"{part.place}:{line}", "reason": FATES[code]}
                 if code != TOO_LONG:
-                    said["of"] = f"{other.place}:{lines.of(other)[row - other.first]}"
+                    said["of"] = f"{parts[i].place}:{other_line}"
                 out.write(json.dumps(said, ensure_ascii=False) + "\n")
 
 
-class _Lines:
-    """Lines of the rows of a part in its file; of the parts that were asked for last, they are kept."""
-
-    _KEPT = 16
-
-    def __init__(self, folder: Path, parts: Sequence[Part]) -> None:
-        self._folder = folder
-        self._kept: dict[str, np.ndarray] = {}
-
-    def of(self, part: Part) -> np.ndarray:
-        if part.name not in self._kept:
-            while len(self._kept) >= self._KEPT:
-                self._kept.pop(next(iter(self._kept)))
-            self._kept[part.name] = part.line + read_array(self._folder / f"{part.name}.index", INDEX)["line"]
-        return self._kept[part.name]
+def _lines_of(rows: np.ndarray, folder: Path, parts: Sequence[Part]) -> np.ndarray:
+    """Lines (int64, N) of rows (ascending) in their files."""
+    lines = np.zeros(len(rows), np.int64)
+    for part in parts:
+        begin, end = np.searchsorted(rows, [part.first, part.first + part.rows])
+        if begin < end:
+            index = read_array(folder / f"{part.name}.index", INDEX)
+            lines[begin:end] = part.line + index["line"][rows[begin:end].astype(np.int64) - part.first].astype(np.int64)
+    return lines
 
 
 def counts_of(
