@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -131,7 +132,7 @@ class Texts:
                 index = read_array(self._folder / f"{part.name}.index", INDEX)[own]
             else:
                 with (self._folder / f"{part.name}.index").open("rb") as stream:
-                    index = np.concatenate([_entry(stream, row) for row in own.tolist()])
+                    index = np.frombuffer(b"".join([_entry(stream, row) for row in own.tolist()]), INDEX)
             with (self._folder / f"{part.name}.rows").open("rb") as stream:
                 for offset, size in zip(index["offset"].tolist(), index["size"].tolist(), strict=True):
                     stream.seek(offset)
@@ -139,9 +140,9 @@ class Texts:
         return texts
 
 
-def _entry(stream: object, row: int) -> np.ndarray:
-    stream.seek(row * INDEX.itemsize)  # type: ignore[attr-defined]
-    return np.frombuffer(stream.read(INDEX.itemsize), INDEX)  # type: ignore[attr-defined]
+def _entry(stream: BinaryIO, row: int) -> bytes:
+    stream.seek(row * INDEX.itemsize)
+    return stream.read(INDEX.itemsize)
 
 
 def _index(folder: Path, part: Part) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemotron_launch.errors import UserError
@@ -24,6 +24,7 @@ def epoch_of(
     ]
 
 
+@settings(deadline=None)
 @given(sizes=SIZES, seed=st.integers(0, 2**32), epoch=st.integers(0, 1000), shuffle=st.booleans())
 def test_every_row_comes_once_an_epoch(sizes: tuple[int, int], seed: int, epoch: int, shuffle: bool) -> None:
     n, batch = sizes
@@ -32,6 +33,7 @@ def test_every_row_comes_once_an_epoch(sizes: tuple[int, int], seed: int, epoch:
     assert {len(one) for one in batches[:-1]} <= {batch}
 
 
+@settings(deadline=None)
 @given(sizes=SIZES)
 def test_dropped_rest_is_less_than_a_batch(sizes: tuple[int, int]) -> None:
     n, batch = sizes
@@ -39,6 +41,7 @@ def test_dropped_rest_is_less_than_a_batch(sizes: tuple[int, int]) -> None:
     assert len(seen) == len(set(seen)) == n - n % batch
 
 
+@settings(deadline=None)
 @given(sizes=SIZES, steps=st.integers(0, 40), drop_last=st.booleans())
 def test_resuming_continues_the_order(sizes: tuple[int, int], steps: int, drop_last: bool) -> None:
     n, batch = sizes
