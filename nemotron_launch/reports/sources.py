@@ -124,8 +124,11 @@ def forget_copies(state: Path, run_ids: Iterable[str]) -> None:
 
 def open_folder(folder: Path) -> RunFiles:
     """The files of a run that no ledger knows, by its output folder. UserError: there is none, or no run's."""
+    if folder.name == METRICS and folder.is_file():
+        folder = folder.parent
     if not (folder / METRICS).is_file():
         what = "holds no metrics.jsonl" if folder.is_dir() else "there is no such folder"
+        what = "is no folder" if folder.is_file() else what
         raise UserError(what, where=display(folder), hint="a run's output folder is what its output_dir names")
     folder = folder.absolute()
     return RunFiles(folder.name, str(folder), Here())
@@ -227,6 +230,9 @@ def missing(one: RunFiles) -> UserError | None:
     if one.there is False and one.over:
         hint = "it was removed, or moved; the ledger keeps the run's row:  nemotron jobs status " + one.name
         return UserError(f"the output of {one.name} is gone", where=one.output_dir, hint=hint, exit_code=1)
+    if problems := one.metrics().problems:
+        where = posixpath.join(one.output_dir, problems[0].partition(": ")[0])
+        return UserError(f"nothing in the metrics of {one.name} can be read", where=where, exit_code=1)
     state = f"is {run.state} and " if run else ""
     return UserError(f"{one.name} {state}has no metrics yet", where=one.path(METRICS), exit_code=1)
 

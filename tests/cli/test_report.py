@@ -76,6 +76,13 @@ def test_a_corrupt_line_is_named_once_and_the_rest_is_shown(here: Path, nemotron
     assert done.stderr.count("metrics.jsonl:17") == 1
 
 
+def test_metrics_without_a_line_that_can_be_read_are_one_message(here: Path, nemotron: Nemotron) -> None:
+    (here / "out" / "metrics.jsonl").write_text("oops\n" * 50)
+    done = nemotron("jobs", "report", "a-run")
+    assert done.returncode == 1
+    assert done.stderr == f"error: {here}/out/metrics.jsonl:1: nothing in the metrics of a-run can be read\n"
+
+
 def test_a_run_that_shows_signs_is_warned_of(here: Path, nemotron: Nemotron) -> None:
     with (here / "out" / "metrics.jsonl").open("a") as file:
         file.writelines(json.dumps({"step": step, "train/truncation_rate": 0.5}) + "\n" for step in range(61, 200))
@@ -96,6 +103,7 @@ def test_a_run_that_shows_signs_is_warned_of(here: Path, nemotron: Nemotron) -> 
         (["nothing"], "error: there is no run 'nothing'\n       nemotron jobs list shows the runs\n"),
         (["./nothing"], "error: nothing: there is no such folder\n"),
         ([".."], "error: ..: holds no metrics.jsonl\n"),
+        (["../out/config.yaml"], "error: ../out/config.yaml: is no folder\n"),
         (["a-run", "-o", "/nowhere/x.html"], "error: /nowhere/x.html: no such file or directory\n"),
         (["a-run", "-o", "."], "error: .: is a directory\n"),
         ([], "error: missing argument RUN...\n"),

@@ -167,7 +167,8 @@ def test_names_are_runs_or_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     write(tmp_path / "other", 1)
     with Ledger(tmp_path / "state") as ledger, Backends() as backends:
         ledger.add([row("a-run", tmp_path, state="finished", output_dir=str(tmp_path / "other"))])
-        found = find_files(backends, ledger, ["a-run", "folder", "./folder", str(tmp_path / "folder"), "a-r"], quiet)
+        names = ["a-run", "folder", "./folder", "./folder/metrics.jsonl", str(tmp_path / "folder"), "a-r"]
+        found = find_files(backends, ledger, names, quiet)
         assert [one.name for one in found] == ["a-run", "folder"]
         for name, message in {
             "nothing": "there is no run 'nothing'",
