@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import shutil
 import sqlite3
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ from nemotron_launch.jobs import ledger as ledgers
 from nemotron_launch.jobs.ledger import FILE, Ledger
 from nemotron_launch.jobs.run import Run
 from nemotron_launch.jobs.settle import Backends
+from nemotron_launch.jobs.submission import _check_named
 from nemotron_launch.plan import config_text
 from tests.artifacts.made import composed, finished, ledger
 from tests.jobs.rows import row
+from tests.sshd import Sshd, missing, running
 
 __all__ = ["ledger"]
 
@@ -258,3 +261,37 @@ def test_a_thousand_runs_are_listed_in_a_moment(ledger: Ledger) -> None:
     began = time.perf_counter()
     assert len(registry.entries(ledger)) == 1000
     assert time.perf_counter() - began < 2  # 0.1 s on a quiet core
+
+
+# Over SSH ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sshd]:
+    if reason := missing():
+        pytest.fail(reason)
+    yield from running(tmp_path_factory.mktemp("sshd"))
+
+
+def test_runs_of_a_cluster_are_registered_through_its_host_and_looked_for_there(
+    ledger: Ledger, sshd: Sshd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in sshd.environment.items():
+        monkeypatch.setenv(name, value)
+    local = finished(ledger, run_id="sft-0", register=False)
+    ledger.remove(["sft-0"])
+    there = {"executor": "slurm", "contact": sshd.tunnel, "host": "cluster", "profile": "site"}
+    ledger.add([replace(local, run_id="sft-1", **there), row("none", state="finished", ended=1.0, **there)])
+    with Backends() as backends:
+        registry.register_finished(ledger, backends, pytest.fail)
+        entry = registry.find(ledger, "sft-tiny")
+        assert (entry.run_id, entry.executor, entry.host) == ("sft-1", "slurm", "cluster")
+        assert registry.of_run(ledger, "none") is None
+        place = entry.record.artifacts[0].place
+        use = {"key": "k", "text": "run:sft-1", "name": "sft-tiny", "version": 1, "run_id": "sft-1", "place": place}
+        host = backends.of(replace(local, **there)).host
+        assert host
+        _check_named(host, [row("next", uses=(use,))])
+        shutil.rmtree(local.output_dir)
+        with pytest.raises(UserError, match=f"sft-tiny@1 .run sft-1. is gone: there is no {place} on {host.name}"):
+            _check_named(host, [row("next", uses=(use,))])
