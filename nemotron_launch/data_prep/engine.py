@@ -73,6 +73,7 @@ def prepare(config: Mapping[str, Any], step_dir: Path) -> Path:
     A preparation that is complete and of the same data is left as it is.
     """
     started = time.monotonic()
+    pool.give_memory_back()
     made = _open(config, step_dir)
     if _is_complete(made):
         log.info("%s is prepared already, from the same data", made.manifest)

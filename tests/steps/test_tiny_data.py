@@ -24,11 +24,14 @@ def digits(row: dict[str, Any]) -> str:
 
 
 def test_script_renews_the_committed_files_byte_for_byte(tmp_path: Path) -> None:
-    committed = [SFT, DPO, *(STEPS / step / "data" for step in ("rm/hf", "rl/nemo_rl/rlvr", "rl/nemo_rl/rlhf"))]
+    steps = ("rm/hf", "rl/nemo_rl/rlvr", "rl/nemo_rl/rlhf", "data_prep/rl_prep")
+    committed = [SFT, DPO, *(STEPS / step / "data" for step in steps)]
     renewed = [tmp_path / str(i) for i in range(len(committed))]
     runpy.run_path(str(SCRIPT))["main"](*renewed)
     for old, new in zip(committed, renewed, strict=True):
-        for name in ("train.jsonl", "validation.jsonl"):
+        names = sorted(file.name for file in old.glob("*.jsonl"))
+        assert names == sorted(file.name for file in new.iterdir()) and len(names) >= 2
+        for name in names:
             assert (new / name).read_bytes() == (old / name).read_bytes()
 
 
