@@ -175,7 +175,7 @@ def _distinct(hashes: np.ndarray, starts: np.ndarray, *sides: np.ndarray) -> np.
 
 def _words(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """Hashes (uint64, W) of the words of normalised texts, and where each text's begin (int64, N + 1)."""
-    joined = ("\n".join(texts) + "\n" if texts else "").encode("utf-8", "surrogatepass")
+    joined = b"".join([text.encode("utf-8", "surrogatepass") + b"\n" for text in texts])
     data = np.frombuffer(joined + bytes(WORD_BYTES), np.uint8)
     text = data[: len(joined)]
     inside = text > 32
