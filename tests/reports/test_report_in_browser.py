@@ -220,10 +220,12 @@ def test_a_brush_keeps_the_runs_within(browser: Browser, several: Path) -> None:
 
 def test_differences_of_configs_are_set_apart(browser: Browser, several: Path) -> None:
     browser.open(several)
-    assert browser.texts("#section-config tr.differs td:first-child") == [
-        "policy.optimizer.lr",
-        "policy.optimizer.kind",
-    ]
+    different = ["policy.optimizer.lr", "policy.optimizer.kind"]
+    assert browser.texts("#section-config td:first-child") == different
+    browser.run("document.querySelector('#section-config input[type=checkbox]').click()")
+    browser.run("for (const one of document.querySelectorAll('#section-config details')) one.open = true")
+    assert browser.texts("#section-config tr.differs td:first-child") == different
+    assert "grpo.seed" in browser.texts("#section-config td:first-child")
 
 
 def test_the_theme_is_changed_and_news_are_drawn(browser: Browser, one: Path) -> None:

@@ -339,7 +339,7 @@
         element("summary", {}, name || "top level", element("small", {}, plural(mine.length, "key"))),
         element("div", { class: "scroll" }, element("table", {},
           several ? element("thead", {}, element("tr", {}, element("th", {}, "key"), ...runs.map((run) => element("th", {}, run.label)))) : null,
-          element("tbody", {}, ...mine.map((key) => element("tr", { class: several && differ.has(key) ? "differs" : null },
+          element("tbody", {}, ...mine.map((key) => element("tr", { class: several && !state.only && differ.has(key) ? "differs" : null },
             element("td", {}, key), ...runs.map((run) => element("td", {}, shown(run.config[key]))))))))),
       ), found.length ? "" : element("p", { class: "muted", style: { padding: "12px 14px" } }, keys.length ? "Nothing matches." : "There is no config to read."));
     };

@@ -149,6 +149,8 @@
       const font = `11px ${Nemotron.variable("--sans")}`;
       const axis = { stroke: ink, font, grid: { stroke: rule, width: 1 }, ticks: { show: false } };
       const time = this.chosen.x === "time";
+      // Not the edges of bands, nor what was there before smoothing.
+      const drawn = (index) => card.curves.some((one) => one.column === index);
       card.plot = new uPlot({
         width, height, padding: [8, 12, 0, 0], legend: { show: false },
         scales: {
@@ -160,12 +162,12 @@
           { ...axis, size: (plot, values) => 16 + 6.6 * Math.max(2, ...(values || []).map((one) => (one || "").length)),
             values: (plot, ticks) => ticks.map(tick) },
         ],
-        focus: { alpha: 0.22 },
+        focus: { alpha: curves.length > 8 ? 0.22 : 1 }, // of a few, the legend tells them apart
         cursor: {
-          focus: { prox: 24 },
+          focus: { prox: 24, dist: (plot, index, at, value, cursor) => (drawn(index) ? value - cursor : Infinity) },
           // The cursor is shared, the selection is not: each plot would take it for its own.
           sync: { key: this.sync.key, filters: { pub: (type) => type !== "mousedown" && type !== "mouseup" } },
-          drag: { x: true, y: false, setScale: false }, points: { size: 6 },
+          drag: { x: true, y: false, setScale: false }, points: { size: (plot, index) => (drawn(index) ? 6 : 0) },
         },
         series: [{}, ...series], bands,
         hooks: {

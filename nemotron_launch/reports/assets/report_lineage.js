@@ -36,8 +36,8 @@
         : node.kind === "forgotten" ? "forgotten" : kindOf(node, links);
       root.append(svg("g", { class: kind },
         svg("rect", { x, y, width: WIDTH, height: HEIGHT, rx: 9 }),
-        svg("text", { x: x + 12, y: y + 21 }, short(node.id, 31)),
-        svg("text", { x: x + 12, y: y + 38, class: "soft" }, short(more, 38)),
+        svg("text", { x: x + 12, y: y + 21 }, short(node.id, 29)),
+        svg("text", { x: x + 12, y: y + 38, class: "soft" }, short(more, 36)),
         svg("title", {}, [node.id, more, ...(node.places || [])].filter(Boolean).join("\n"))));
     }
     const box = document.createElement("div");
