@@ -94,7 +94,8 @@ def facts_of(compiled: Compiled) -> list[tuple[str, str]]:
         facts.append(("image", job.container.image))
         facts += [("mount", _mount(mount)) for mount in job.container.mounts]
     facts += [("service", f"{one.name} on port {one.port}: {shlex.join(one.command)}") for one in job.services]
-    facts += [("input", _artifact(one)) for one in job.consumes if one.value is not None]
+    named = {use.key: f"  ({use.name}@{use.version} of run {use.run_id})" for use in job.uses}
+    facts += [("input", _artifact(one) + named.get(one.key, "")) for one in job.consumes if one.value is not None]
     facts += [("output", _artifact(one)) for one in job.produces if one.value is not None]
     facts += [("folder", job.run_dir), ("command", shlex.join(job.command))]
     if job.env:

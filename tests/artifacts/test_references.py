@@ -12,6 +12,8 @@ import yaml
 
 from nemotron_launch.artifacts import registry
 from nemotron_launch.catalog import find_config, find_step
+from nemotron_launch.cli.job_view import facts_of
+from nemotron_launch.compiler import compile_job
 from nemotron_launch.config.compose import Composed
 from nemotron_launch.errors import UserError
 from nemotron_launch.frozen import replace
@@ -292,3 +294,12 @@ def test_what_another_job_will_make_is_not_compared_with_what_lies_there_now(led
     plan_job(step, config, made=[START])
     with pytest.raises(UserError, match="another shape"):
         plan_job(step, config)
+
+
+def test_the_summary_of_a_dry_run_says_which_artifact_a_path_is(ledger: Ledger) -> None:
+    run = finished(ledger, run_id="sft-1")
+    step = find_step(DPO)
+    compiled = compile_job(step, find_config(step, "tiny"), [f"{START}=run:sft-1"])
+    inputs = [value for name, value in facts_of(compiled) if name == "input"]
+    place = f"{run.output_dir}/checkpoints/step_3"
+    assert f"checkpoint_megatron  {START} = {place}  (sft-tiny@1 of run sft-1)" in inputs
