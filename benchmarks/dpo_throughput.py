@@ -287,7 +287,7 @@ def ours(folder: Path, shape: Shape, mode: str, turns: int) -> None:
 
     from nemotron_launch.catalog import find_config, find_step
     from nemotron_launch.plan import compose_for, config_text
-    from nemotron_launch.trainer import dpo
+    from nemotron_launch.trainer import dpo, start
     from nemotron_launch.trainer.loop import Progress, Run
     from nemotron_launch.trainer.setup import run_step
 
@@ -329,13 +329,13 @@ def ours(folder: Path, shape: Shape, mode: str, turns: int) -> None:
         (output / "composed.yaml").write_text(config_text(composed))
         return output / "composed.yaml"
 
-    def start(output: Path) -> None:
+    def go(output: Path) -> None:
         if code := run_step(step.folder, dpo.run, ["--config", str(config(output))]):
             raise SystemExit(code)
 
     cut = Turns(shape.steps)
     losses: list[float] = []
-    train = dpo.train
+    train = start.train
 
     def watched(run: Run, progress: Progress) -> int:
         log = run.metrics.log
@@ -351,17 +351,17 @@ def ours(folder: Path, shape: Shape, mode: str, turns: int) -> None:
             cut.start()
         return train(run, progress)
 
-    dpo.train = watched
+    start.train = watched
     if online:
-        return start(folder / "ours")
+        return go(folder / "ours")
     spent: dict[str, float] = {}
     dpo.open_reference = timed(dpo.open_reference, spent, "reference")
-    dpo.train = timed(watched, spent, "steps")
+    start.train = timed(watched, spent, "steps")
     for turn in range(turns):
         if not wait_for_turn():
             return None
         losses.clear()
-        start(folder / f"ours-{turn}")
+        go(folder / f"ours-{turn}")
         answer(seconds=sum(spent.values()), losses=rounded(losses), **spent)
     return None
 

@@ -177,7 +177,7 @@ def ours(folder: Path, shape: Shape, turns: int, clock: Callable[[], float]) -> 
 
     from nemotron_launch.catalog import find_config, find_step
     from nemotron_launch.plan import compose_for, config_text
-    from nemotron_launch.trainer import grpo
+    from nemotron_launch.trainer import grpo, start
     from nemotron_launch.trainer.generation import MegatronGenerator
     from nemotron_launch.trainer.loop import Progress, Run
     from nemotron_launch.trainer.setup import run_step
@@ -217,7 +217,7 @@ def ours(folder: Path, shape: Shape, turns: int, clock: Callable[[], float]) -> 
     composed = compose_for(step, find_config(step, "tiny"), [f"++{key}={value}" for key, value in changes.items()])
     output.mkdir(parents=True)
     (output / "composed.yaml").write_text(config_text(composed))
-    cut, train, generate = Turns(shape.steps, clock), grpo.train, MegatronGenerator.generate
+    cut, train, generate = Turns(shape.steps, clock), start.train, MegatronGenerator.generate
 
     def counted(self: MegatronGenerator, *args: Any, **kwargs: Any) -> Any:
         groups = cut.timed(generate)(self, *args, **kwargs)
@@ -237,7 +237,7 @@ def ours(folder: Path, shape: Shape, turns: int, clock: Callable[[], float]) -> 
         return train(run, progress)
 
     MegatronGenerator.generate = counted  # type: ignore[method-assign]
-    grpo.train = watched
+    start.train = watched
     if code := run_step(step.folder, grpo.run, ["--config", str(output / "composed.yaml")]):
         raise SystemExit(code)
 
