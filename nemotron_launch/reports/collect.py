@@ -16,6 +16,7 @@ from nemotron_launch.reports.run_data import report_data
 from nemotron_launch.reports.signs import warnings_of
 from nemotron_launch.reports.sources import METRICS, RunFiles, config_of, find_files, missing, update
 
+_DRAWN = 8  # runs whose lineage is drawn
 _QUICK = 8 << 20  # bytes of metrics that are read in a moment
 # A folder that no ledger knows tells its step by the section that its config has.
 _SECTIONS = {"dpo": "rl/nemo_rl/dpo", "sft": "sft/megatron", "rm": "rm/hf", "grpo": "rl/nemo_rl/rlvr"}
@@ -46,12 +47,15 @@ def collect(ledger: Ledger, backends: Backends, names: Sequence[str], warn: Warn
 
 
 def lineage_of(ledger: Ledger, runs: Sequence[Run]) -> dict[str, Any] | None:
-    """What these runs were made of and what was made of them, as one graph; None where nothing is known of it."""
+    """What these runs were made of and what was made of them, as one graph; None where nothing is known of it.
+
+    Of many runs, as the points of a sweep are, the first ones stand for all.
+    """
     from nemotron_launch.artifacts import registry
     from nemotron_launch.artifacts.lineage import everything
 
     graph, labels = everything(ledger), registry.labels(ledger)
-    roots = [labels.get(run.run_id, run.run_id) for run in runs]
+    roots = [labels.get(run.run_id, run.run_id) for run in runs[:_DRAWN]]
     found = [graph.around(root).as_data() for root in roots]
     nodes = {node["id"]: node for one in found for node in one["nodes"]}
     links = list({tuple(link.values()): link for one in found for link in one["links"]}.values())
