@@ -170,7 +170,8 @@ def _rlvr(row: dict[str, Any], source: Source) -> Prepared:
 
 def _rlhf(row: dict[str, Any], source: Source) -> Prepared:
     prepared = _prompt(row, source)
-    prepared.data.pop("expected_answer", None)
+    for name in ANSWER_KEYS:
+        prepared.data.pop(name, None)
     return Prepared(prepared.data, prepared.messages, ())
 
 

@@ -291,7 +291,7 @@ def _table(file: File) -> Iterator[Raw]:
         batches = arrow_batches(file.path) if file.kind == "arrow" else _parquet_batches(file.path)
         number = 0
         for batch in batches:
-            size = batch.nbytes // max(batch.num_rows, 1)
+            size = max(batch.nbytes // max(batch.num_rows, 1), 1)
             for first in range(0, batch.num_rows, 256):
                 for row in batch.slice(first, 256).to_pylist():
                     number += 1

@@ -160,7 +160,11 @@ class Worker:
             if self._placeholders is None:
                 raise BadRow("only names a row of a public dataset (resolve_hf_placeholders is false)")
             data = self._placeholders.filled(data)
-        return prepare(data)
+        try:
+            return prepare(data)
+        except (TypeError, ValueError, LookupError, AttributeError, RecursionError) as error:
+            # Of millions of rows one may hold what nobody thought of; it is that row's fault alone.
+            raise BadRow(f"cannot be understood ({type(error).__name__}: {str(error)[:80]})") from error
 
 
 class _Part:

@@ -62,7 +62,7 @@ def asked(data: Mapping[str, Any], section: Mapping[str, Any]) -> tuple[list[Mes
 
 def of_sharegpt(message: Any) -> Any:
     """A message of the form {from, value} as {role, content}; others as they are."""
-    if not isinstance(message, Mapping) or "from" not in message or message.get("role"):
+    if not isinstance(message, Mapping) or not isinstance(message.get("from"), str) or message.get("role"):
         return message
     rest = {name: value for name, value in message.items() if name not in ("from", "value")}
     return {**rest, "role": _ROLES.get(message["from"], message["from"]), "content": message.get("value")}
