@@ -161,7 +161,7 @@ def _consumed(
             if is_a(types, port.type, "training_jsonl"):
                 _check_data(artifact, find)
                 if port.type == "prepared_jsonl" and (manifest := find(str(value), port.key)) is not None:
-                    check_target(read_manifest(manifest), step.id)
+                    _check_manifest(manifest, step)
             elif not (port.type == "checkpoint_hf" and is_hub_id(str(value))):
                 path = find(str(value), port.key)
                 if path is None:
@@ -175,6 +175,14 @@ def _consumed(
 
 class _WrongKind(UserError):
     """Something is there, and it is not what is wanted: making it would help nobody."""
+
+
+def _check_manifest(path: Path, step: Step) -> None:
+    """Raise where a file is no manifest of rows that the step trains on."""
+    try:
+        check_target(read_manifest(path), step.id)
+    except UserError as error:
+        raise _WrongKind(error.message, where=error.where, hint=error.hint) from None
 
 
 def _check_model(artifact: Artifact, path: Path) -> None:
