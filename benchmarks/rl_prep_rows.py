@@ -3,7 +3,7 @@
     python benchmarks/rl_prep_rows.py FOLDER SIZE [--seed N]
 
 writes FOLDER/train-0.jsonl … of SIZE bytes together (2GB, 200MB), validation.jsonl, and expected.json: how
-many rows a preparation must read, drop for each reason, and keep. About 100 MB/s.
+many rows a preparation must read, drop for each reason, and keep. About 50 MB/s.
 """
 
 from __future__ import annotations
