@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import os
-import shutil
+import sys
 import webbrowser
 from contextlib import suppress
 from pathlib import Path
@@ -14,8 +14,7 @@ FILE = "ui.html"
 
 def open_browser(address: str, folder: Path) -> bool:
     """Open a file of the user's own that leads there; False where there is no browser that has a window."""
-    windows = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY") or shutil.which("open")
-    if not windows and not os.environ.get("BROWSER"):
+    if not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY") or sys.platform == "darwin"):
         return False
     file = folder / FILE
     text = f'<!doctype html><meta charset="utf-8"><meta http-equiv="refresh" content="0; url={html.escape(address)}">'

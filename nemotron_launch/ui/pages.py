@@ -16,6 +16,12 @@ _KINDS = {".css": "text/css; charset=utf-8", ".js": "text/javascript; charset=ut
 _OWN = ("app.css", "theme.js", "common.js", "list.js", "logs.js", "run.js", "icon.svg")
 _REPORT = (*report.STYLES, *report.SCRIPTS)
 
+_PLAIN = (
+    "body{font:16px/1.55 system-ui,sans-serif;margin:16vh auto;max-width:36rem;padding:0 1.2rem;white-space:pre-line;"
+    "overflow-wrap:anywhere;background:Canvas;color:CanvasText}h1{font-size:1.1rem}a{color:inherit}"
+)
+PROBLEM_POLICY = report.content_security_policy([_PLAIN], []) + "; frame-ancestors 'none'"
+
 
 @cache
 def asset(name: str) -> tuple[str, bytes]:
@@ -39,7 +45,8 @@ def run_page(names: Sequence[str], data: Any) -> str:
 
 def problem_page(text: str) -> str:
     """A page that says one thing. It loads nothing, for who sees it may have no right to more."""
-    return _document("nemotron", f"<main><h1>nemotron</h1><p>{html.escape(text)}</p></main>", "")
+    body = f'<main><h1>nemotron</h1><p>{html.escape(text)}</p><p><a href="/">All runs</a></p></main>'
+    return _document("nemotron", body, f"<style>{_PLAIN}</style>")
 
 
 def _frame(title: str, data: Any, *, styles: Sequence[str], scripts: Sequence[str]) -> str:

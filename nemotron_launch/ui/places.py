@@ -24,6 +24,7 @@ from nemotron_launch.ui.log_tails import Tail, chosen, open_tail
 from nemotron_launch.ui.rows import Rows
 
 LOOKED_AT = 20.0  # seconds after its last request in which a page counts as open; a hidden one asks no more
+_KEPT = 300.0  # seconds for which what was read is kept after that
 _MOST_PROGRESS = 200  # live runs whose metrics the list shows
 
 
@@ -98,7 +99,7 @@ class Place(threading.Thread):
         with suppress(UserError), Backends() as backends:
             while not self._ended:
                 self._guarded(backends, self._turn)
-                self._wake.wait(0.25 if self._at_work() else 3600)
+                self._wake.wait(0.25 if self._at_work() else _KEPT + 1)
                 self._wake.clear()
 
     def _read_again(self, one: Watched) -> None:
@@ -122,6 +123,8 @@ class Place(threading.Thread):
             self._wake.wait(2.0)
 
     def _turn(self, backends: Backends) -> None:
+        for name in [name for name, one in self.watched.items() if time.monotonic() - one.asked > _KEPT]:
+            del self.watched[name]
         open_ = [one for one in self.watched.values() if one.open()]
         self._read(backends, [one for one in open_ if one.reading.due()])
         for one in open_:

@@ -25,7 +25,7 @@ PORT = 8260
 _NEXT = 20  # ports behind it that are tried, where nobody asked for one
 _FIRST = 1.5  # seconds that a page waits for what is read of a run the first time
 _PAGES = ("/", "/run", "/report")
-_MOST_RUNS = 60  # of one comparison
+_MOST_RUNS = 120  # of one comparison
 Query = Mapping[str, list[str]]
 
 
@@ -168,7 +168,8 @@ class Handler(BaseHTTPRequestHandler):
     def _refuse(self, problem: Problem) -> None:
         if urlsplit(self.path).path.startswith("/api/"):
             return self._send_json({"error": problem.text}, status=problem.status)
-        return self._send(problem.status, pages.HTML, pages.problem_page(problem.text).encode())
+        policy = {"Content-Security-Policy": pages.PROBLEM_POLICY}
+        return self._send(problem.status, pages.HTML, pages.problem_page(problem.text).encode(), headers=policy)
 
     def _send_json(self, data: Any, status: int = 200) -> None:
         text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=str)
@@ -272,7 +273,7 @@ def _chosen(server: Server, names: Sequence[str]) -> list[Run]:
             raise Problem(404, f"There is no run {name}: it may have been pruned. What it made stays where it was.")
         found |= {one.run_id: one for one in points}
     if len(found) > _MOST_RUNS:
-        raise Problem(400, f"{len(found)} runs are too many to look at together; {_MOST_RUNS} are not.")
+        raise Problem(400, f"{len(found)} runs are too many to look at together: tick up to {_MOST_RUNS} of them.")
     return list(found.values())
 
 

@@ -17,19 +17,20 @@ from tests.conftest import Nemotron
 from tests.jobs.rows import row
 from tests.live_runs import TOTAL, LiveRun, add_live_step, live_run
 from tests.ui.conftest import Pages
+from tests.ui.ledgers import damage
 
 pytestmark = pytest.mark.slow
 STATES: tuple[State, ...] = ("finished", "finished", "finished", "failed", "cancelled", "stopped", "lost")
 HOSTILE = "</script><script>window.hacked=1</script><img src=x onerror=window.hacked=1>"
 
 
-def add_runs(folder: Path, count: int) -> None:
+def add_runs(folder: Path, count: int, waiting: int = 3) -> None:
     """So many runs, every tenth a point of a sweep, the newest first in time."""
     chance = random.Random(0)
     now, found = time.time(), list[Run]()
     for n in range(count):
         sweep, point = (f"sweep-{n // 10:03}", n % 10) if n // 10 % 10 == 5 else ("", None)
-        state: State = "pending" if n < 3 else chance.choice(STATES)
+        state: State = "pending" if n < waiting else chance.choice(STATES)
         found.append(
             row(
                 f"{sweep}.{point}" if sweep else f"run-{n:04}", folder, sweep=sweep, point=point, state=state,
@@ -173,11 +174,9 @@ def test_hostile_runs_do_nothing(pages: Pages, browser: Browser, tmp_path: Path)
 def test_what_is_wrong_is_said_in_the_page(pages: Pages, browser: Browser, tmp_path: Path, state: Path) -> None:
     browser.open(pages.address)
     assert "There are no runs yet" in browser.text(".empty") and "nemotron steps run" in browser.text(".empty")
-    add_runs(tmp_path, 1)
+    add_runs(tmp_path, 1, waiting=0)
     browser.until("return document.querySelectorAll('.list tbody tr').length === 1", "a run that is new")
-    for path in state.glob("jobs.db*"):
-        path.unlink()
-    (state / "jobs.db").write_bytes(b"no database" * 500)
+    damage(state)
     browser.until("return document.querySelector('.banner')?.innerText.includes('move it away')", "the ledger's error")
     assert len(browser.texts(".list tbody tr")) == 1
     quiet(browser)
