@@ -30,6 +30,7 @@ _unstored: dict[str, bytes] = {}  # archives that the cache could not take
 _PACKAGE = Path(__file__).resolve().parent
 _made: dict[str, bytes] = {}  # by this process; the cache may be one that cannot be written
 _SKIPPED_FOLDERS = frozenset(("__pycache__", "_bundled", "node_modules", "venv", "wandb", "mlruns"))
+_OF_THE_CLIENT = ("/reports", "/ui")  # pages of runs and their libraries, which no job shows
 _SKIPPED_ENDS = (".pyc", ".pyo", ".egg-info", "~", ".swp", ".tmp")
 
 
@@ -81,7 +82,7 @@ def read(made: Bundle) -> bytes:
 
 def collect(step: Step, code: Sequence[str] = ()) -> list[Entry]:
     """The files of a bundle in the order of their names."""
-    entries = list(_walk(_PACKAGE, "nemotron_launch"))
+    entries = list(_walk(_PACKAGE, "nemotron_launch", _OF_THE_CLIENT))
     entries += _walk(step.folder, f"steps/{step.id}")
     root = steps_dir()
     entries += _walk(root / "schemas", "steps/schemas")

@@ -114,6 +114,9 @@ class Step:
         data["path"] = str(data.pop("folder"))
         data["resources"] = {"nodes": data.pop("nodes"), "gpus_per_node": data.pop("gpus_per_node")}
         data["configs"] = list(self.configs())
+        for strategy in data["strategies"]:
+            if strategy["sign"] is None:  # as the manifest has it
+                del strategy["sign"]
         return data
 
 

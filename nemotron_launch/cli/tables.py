@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -12,7 +12,7 @@ import click
 from nemotron_launch.resources import display
 
 if TYPE_CHECKING:
-    from nemotron_launch.catalog import Port, Step
+    from nemotron_launch.catalog import Port, Step, Strategy
     from nemotron_launch.profiles import ProfileEntry
 
 
@@ -43,11 +43,27 @@ def print_step(step: Step) -> None:
     print_section("consumes", map(_port, step.consumes))
     print_section("produces", map(_port, step.produces))
     print_section("parameters", (line for parameter in step.parameters for line in _parameter(parameter)))
-    print_section("strategies", (line for s in step.strategies for line in (f"when  {s.when}", f"then  {s.then}", "")))
+    print_section("strategies", (line for strategy in step.strategies for line in _strategy(strategy)))
     print_section(
         "errors", (line for e in step.errors for line in (e.name, f"    {e.meaning}", f"    recovery: {e.recovery}"))
     )
     print_section("reference", (f"{title}: {address}" for title, address in step.reference.items()))
+
+
+def _strategy(strategy: Strategy) -> Iterator[str]:
+    yield f"when  {strategy.when}"
+    yield f"then  {strategy.then}"
+    if strategy.sign is not None:
+        yield f"sign  {' and '.join(map(_condition, strategy.sign['all']))}"
+    yield ""
+
+
+def _condition(condition: Mapping[str, Any]) -> str:
+    """A condition of a sign: `train/reward rises 0.02`."""
+    metric, (kind, bound) = condition["metric"], next(item for item in condition.items() if item[0] != "metric")
+    if isinstance(bound, dict):
+        bound = f"{bound['times']} × {bound['key']}" if "times" in bound else bound["key"]
+    return f"{metric if isinstance(metric, str) else ' or '.join(metric)} {kind.replace('_', ' ')} {bound}"
 
 
 def print_profiles(entries: Sequence[ProfileEntry]) -> None:
