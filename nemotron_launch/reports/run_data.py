@@ -270,7 +270,8 @@ def flat_config(config: Mapping[str, Any]) -> dict[str, Any]:
         else:
             found[key] = _masked(key, value)
 
-    walk(config, "")
+    if config:
+        walk(config, "")
     return found
 
 

@@ -83,7 +83,7 @@ def _live(one: Watched) -> Data:
         "nodes": list(one.nodes),
         "expected_start": one.expected_start,
         "checkpoint": one.progress.checkpoint if one.progress else None,
-        "missing": str(problem).removeprefix("error: ") if problem else "",
+        "missing": problem.message if problem else "",
         "problem": one.problem,
     }
 

@@ -15,7 +15,8 @@
 
   function join(run, now) {
     Object.assign(run, { state: now.state, reason: now.reason, exit_code: now.exit_code, attempt: now.attempt,
-      job_id: now.job_id, submitted: now.submitted, started: now.started, ended: now.ended, missing: now.missing });
+      job_id: now.job_id, submitted: now.submitted, started: now.started, ended: now.ended,
+      missing: several() || UI.LIVE.has(now.state) ? "" : now.missing });
     live[run.name] = now;
   }
 
@@ -88,6 +89,9 @@
   function show() {
     UI.banner("away", [...new Set(Object.values(live).map((now) => now.problem).filter(Boolean))].join("\n"));
     for (const run of report.runs) join(run, live[run.name]);
+    const without = report.runs.filter((run) => live[run.name].missing && (several() || UI.LIVE.has(run.state)));
+    const more = without.length > 1 ? ` (and ${without.length - 1} more of ${report.runs.length} runs)` : "";
+    UI.banner("missing", without.length ? `${live[without[0].name].missing}${more}` : "");
     if (!report.runs.length) {
       box.replaceChildren(h("p", { class: "note", role: "status" }, "Reading the run's files \u2026"));
       return;
