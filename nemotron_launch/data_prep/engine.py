@@ -42,7 +42,10 @@ log = logging.getLogger(__name__)
 WORK = ".work"
 _STATE, _PREPARED = "state.json", ".prepared.json"
 #: Settings that change how the result is made, but not the result.
-_WITHOUT_EFFECT = ("output_dir", "manifest_path", "num_workers", "run", "cluster", "offline", "cache_dir", "blend_path")
+_WITHOUT_EFFECT = (
+    *("output_dir", "manifest_path", "num_workers", "run", "cluster", "offline", "cache_dir", "blend_path"),
+    "max_bad_rows",  # so that a run that was refused goes on when more are allowed
+)
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,10 @@ class Preparation:
     @property
     def where(self) -> str:
         return display(self.blend.path)
+
+    def size_of(self, unit: Unit) -> int:
+        """Bytes that the unit has to read, about."""
+        return unit.end - unit.begin if unit.end >= 0 else self.files[unit.file].size
 
 
 def prepare(config: Mapping[str, Any], step_dir: Path) -> Path:
@@ -241,16 +248,15 @@ def _rules(made: Preparation) -> Rules:
 
 def _first_pass(made: Preparation, task: Task, workers: int, bar: Bar) -> list[str]:
     """Make all parts; the sha256 of every file. Public datasets that rows turn out to need are loaded in between."""
-    bar.stage("reading", sum(file.size for file in made.files))
+    bar.stage("reading", sum(map(made.size_of, _undone(made))))
     datasets: dict[str, list[str]] = {}
     hashes = [""] * len(made.files)
     while True:
-        open_units = [unit for unit in made.units if not (made.work / f"{name_of(unit)}.json").exists()]
         needs: Counter[str] = Counter()
         missing: list[str] = []
         with pool.Pool(workers, task, datasets) as workers_pool:
-            for done in workers_pool.units(open_units):
-                bar.advance(done.size if not done.needs else 0)
+            for done in workers_pool.units(_undone(made)):
+                bar.advance(0 if done.needs else made.size_of(done.unit))
                 needs.update(done.needs)
             if not needs:
                 for number, digest in workers_pool.hashes([file.path for file in made.files]):
@@ -264,6 +270,10 @@ def _first_pass(made: Preparation, task: Task, workers: int, bar: Bar) -> list[s
                 missing.append(f"{found} (for {needs[name]} rows of {name})")
         if missing:
             raise _missing_on_hub(made.blend, missing)
+
+
+def _undone(made: Preparation) -> list[Unit]:
+    return [unit for unit in made.units if not (made.work / f"{name_of(unit)}.json").exists()]
 
 
 def _named_by(made: Preparation, name: str) -> Dataset:

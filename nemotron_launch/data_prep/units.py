@@ -76,10 +76,10 @@ class Task:
 @dataclass(frozen=True)
 class Done:
     """What became of a unit. needs: public datasets that nobody has given, and how many of its rows name each; a unit
-    with such rows is not done. size: bytes that were read."""
+    with such rows is not done."""
 
+    unit: Unit
     needs: Mapping[str, int]
-    size: int
 
 
 def name_of(unit: Unit) -> str:
@@ -122,7 +122,7 @@ class Worker:
         prepare = self._prepare[file.source]
         part = _Part(task, file, unit, source, self._counter)
         bad_path = task.folder / f".{name_of(unit)}.bad.{os.getpid()}"
-        read = lines = bytes_read = 0
+        read = lines = 0
         reasons: dict[str, int] = {}
         needs: dict[str, int] = {}
         parts: list[dict[str, int]] = []
@@ -132,7 +132,6 @@ class Worker:
                 if not raw.size:  # a blank line
                     continue
                 read += 1
-                bytes_read += raw.size
                 try:
                     prepared = self._prepared(raw, prepare)
                     part.add(raw, prepared, _line(prepared.data))
@@ -150,7 +149,7 @@ class Worker:
             parts.append(part.write(f"{name_of(unit)}-{len(parts):04d}"))
             mark = {"parts": parts, "read": read, "lines": lines, "reasons": reasons}
             write_whole(task.folder / f"{name_of(unit)}.json", json.dumps(mark).encode())
-        return Done(needs, bytes_read if unit.end < 0 else unit.end - unit.begin)
+        return Done(unit, needs)
 
     def _prepared(self, raw: Raw, prepare: Callable[[dict[str, Any]], Prepared]) -> Prepared:
         if raw.data is None:

@@ -210,6 +210,8 @@ def test_too_many_bad_rows_publish_nothing_and_are_all_in_the_quarantine(tmp_pat
     assert "1 × missing key chosen" in text and f"the first one is {tmp_path / 'a.jsonl'}:9" in text
     assert sorted(contents(tmp_path / "out")) == ["quarantine.jsonl"]
     assert (tmp_path / "out/quarantine.jsonl").read_text().count("\n") == 2
+    manifest = run(write_blend(tmp_path, [{"path": "a.jsonl"}]), tmp_path / "out", "target=dpo", "max_bad_rows=0.2")
+    assert (manifest["counts"]["train"], manifest["counts"]["dropped"]) == (8, {"bad_row": 2})
 
 
 def test_nothing_left_is_said_with_the_reasons(tmp_path: Path) -> None:
