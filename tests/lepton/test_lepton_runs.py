@@ -104,8 +104,10 @@ def test_in_the_background_it_returns_at_once_and_the_jobs_commands_know_the_res
 ) -> None:
     monkeypatch.setenv("NEMOTRON_STATE_DIR", str(tmp_path / "state"))
     with Ledger() as ledger, Backends() as backends:
-        command = shell("echo the node is $NODE_RANK of $NNODES; [[ $NODE_RANK == 0 ]] || exit 3; sleep 60")
-        run, files = planned(tmp_path / "remote", command=command, restart=Restart(0))
+        remote = tmp_path / "remote"
+        waits = f"until [[ -e {remote}/said ]]; do sleep 0.05; done; exit 3"  # the end of one is the end of both
+        says = f"echo the node is $NODE_RANK of $NNODES; [[ $NODE_RANK == 0 ]] || {{ {waits}; }}; touch {remote}/said"
+        run, files = planned(remote, command=shell(f"{says}; sleep 60"), restart=Restart(0))
         [run] = submit(ledger, run, files, backend=backends.of(run))
     assert lepton.live_jobs()
     done = nemotron("jobs", "attach", "a-run")
