@@ -160,6 +160,7 @@ HEAVY = ("torch", "transformers", "datasets", "megatron", "numpy", "pydantic")
                 "nemotron_launch.artifacts.record",
             ),
         ),
+        (["steps", "run", "rl_prep", "-c", "tiny", "-d"], ("rich", "numpy", "sqlite3", "nemotron_launch.data_prep")),
         (
             ["steps", "run", "dpo", "-b", "slurm", "-d", "--sweep", "dpo.seed=1,2"],
             (
