@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from nemotron_launch.backends.live import Backend, LogSource
@@ -25,15 +25,16 @@ from nemotron_launch.ui.rows import Rows
 
 LOOKED_AT = 20.0  # seconds after its last request in which a page counts as open; a hidden one asks no more
 _KEPT = 300.0  # seconds for which what was read is kept after that
+_AFTER_FAILURE = 2.0  # seconds until the next look
 _MOST_PROGRESS = 200  # live runs whose metrics the list shows
 
 
 class Watched:
-    """A run whose page is open: its files and logs, as far as they have been read. Read it under its lock."""
+    """A run whose page is open: its files and logs, as far as they have been read. Read them where `free` says so."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self.lock = threading.RLock()
+        self.lock = threading.Lock()
         self.files: RunFiles | None = None
         self.progress: Progress | None = None
         self.nodes: tuple[str, ...] = ()
@@ -51,7 +52,17 @@ class Watched:
         return time.monotonic() - self.asked < LOOKED_AT
 
     def wanted_logs(self) -> list[str]:
-        return [name for name, asked in self.logs_asked.items() if time.monotonic() - asked < LOOKED_AT]
+        return [name for name, asked in list(self.logs_asked.items()) if time.monotonic() - asked < LOOKED_AT]
+
+    @contextmanager
+    def free(self, seconds: float) -> Iterator[bool]:
+        """Whether its files are not just being read, for as long as this is open; waits so long for that."""
+        ours = self.lock.acquire(timeout=max(0.0, seconds))
+        try:
+            yield ours
+        finally:
+            if ours:
+                self.lock.release()
 
 
 class Place(threading.Thread):
@@ -98,7 +109,7 @@ class Place(threading.Thread):
     def run(self) -> None:
         with suppress(UserError), Backends() as backends:
             while not self._ended:
-                self._guarded(backends, self._turn)
+                self._guarded_turn(backends)
                 self._wake.wait(0.25 if self._at_work() else _KEPT + 1)
                 self._wake.clear()
 
@@ -109,23 +120,27 @@ class Place(threading.Thread):
 
     def _at_work(self) -> bool:
         listing = time.monotonic() - self.list_asked < LOOKED_AT and bool(self.runs)
-        return listing or any(one.open() for one in self.watched.values())
+        return listing or any(one.open() for one in list(self.watched.values()))
 
-    def _guarded(self, backends: Backends, turn: Callable[[Backends], None]) -> None:
-        """One turn; what fails is told, and tried again."""
+    def _guarded_turn(self, backends: Backends) -> None:
+        """One turn; what fails is told, and tried again: pages must not stand still without a word."""
         try:
-            turn(backends)
-        except UserError as error:
-            self.problem = str(error).removeprefix("error: ")
-            for one in self.watched.values():
+            self._turn(backends)
+        except Exception as error:
+            text = str(error).removeprefix("error: ")
+            self.problem = text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
+            for one in list(self.watched.values()):
+                one.problem = self.problem
                 one.has_files.set()
                 one.has_logs.set()
-            self._wake.wait(2.0)
+            self._wake.wait(_AFTER_FAILURE)
 
     def _turn(self, backends: Backends) -> None:
-        for name in [name for name, one in self.watched.items() if time.monotonic() - one.asked > _KEPT]:
-            del self.watched[name]
-        open_ = [one for one in self.watched.values() if one.open()]
+        known = list(self.watched.items())
+        for name, one in known:
+            if time.monotonic() - one.asked > _KEPT:
+                self.watched.pop(name, None)
+        open_ = [one for _, one in known if one.open()]
         self._read(backends, [one for one in open_ if one.reading.due()])
         for one in open_:
             if one.wanted_logs():
@@ -170,10 +185,11 @@ class Place(threading.Thread):
                 one.files = open_runs(backends, [one.run], self.rows.folder)[0]
             one.files.run = one.run
         before = {one.run.run_id: one.files.metrics().offset for one in due if one.files}
-        for one in due:  # a page's lock is held while its own file is read, and no longer
+        for one in due:  # a page is held up by its own run's file alone
             if one.files:
                 with one.lock:
                     update([one.files], problems.append)
+                one.has_files.set()
         far = progress_of(backends, [one.run for one in due if one.finding.due()], problems.append)
         for one in due:
             if one.run.run_id in far:

@@ -16,6 +16,7 @@ from nemotron_launch.reports.sources import missing
 from nemotron_launch.ui.log_tails import chosen
 from nemotron_launch.ui.places import Watched
 
+_PATIENCE = 1.0  # seconds that a request waits for files that are just being read
 _LINES = 1000  # of a log in one answer
 _SHORT = 2 << 20  # bytes of metrics in which signs are looked for whenever there are more
 _SELDOM = 15.0  # seconds between two looks in longer ones
@@ -23,17 +24,20 @@ _ROW = ("state", "reason", "exit_code", "attempt", "job_id", "submitted", "start
 Data = dict[str, Any]
 
 
-def whole(watched: Sequence[Watched]) -> Data:
-    """Runs as a report has them, with what is known of them now and a mark to go on from."""
+def whole(watched: Sequence[Watched], *, patience: float) -> Data:
+    """Runs as a report has them, those that have been read; with what is known of all, and marks to go on from.
+
+    patience: seconds that files which are just being read are waited for.
+    """
     lineage = _lineage([one.run for one in watched])
-    with ExitStack() as locks:
-        for one in watched:
-            locks.enter_context(one.lock)
-        read = [one for one in watched if one.files is not None]
+    end = time.monotonic() + patience
+    with ExitStack() as held:
+        free = [one for one in watched if held.enter_context(one.free(end - time.monotonic()))]
+        read = {one.run.run_id: one.files for one in free if one.files}
         data = report_data(
-            [one.files for one in read if one.files],
-            progress={one.run.run_id: one.progress for one in read if one.progress},
-            warnings={one.run.run_id: _warnings(one) for one in read},
+            list(read.values()),
+            progress={one.run.run_id: one.progress for one in free if one.progress},
+            warnings={one.run.run_id: _warnings(one) for one in free},
             lineage=lineage,
         )
         return {"report": data, "live": {one.run.run_id: _live(one) for one in watched}}
@@ -42,14 +46,15 @@ def whole(watched: Sequence[Watched]) -> Data:
 def news(watched: Watched, mark: str, step: int) -> Data | None:
     """What has come since: the run's state, and its curves from `step` on, whose points replace what was known of them.
 
-    None: all must be told again, for the run has gone back, or the mark is not of this server.
+    {"busy": true}: its files are just being read. None: all must be told again, for the run has gone back, or the mark
+    is not of this server.
     """
-    with watched.lock:
-        if watched.files is None:
+    with watched.free(_PATIENCE) as free:
+        if not free:
+            return {"busy": True}
+        if watched.files is None or mark != _mark(watched):
             return None
         metrics = watched.files.metrics()
-        if mark != _mark(watched):
-            return None
         return {
             "live": _live(watched),
             "metrics": curves(metrics.since(step), POINTS),
@@ -61,8 +66,10 @@ def news(watched: Watched, mark: str, step: int) -> Data | None:
 
 
 def logs(watched: Watched, wanted: str, number: int | None) -> Data:
-    """The lines of a log from this number on, and which logs there are."""
-    with watched.lock:
+    """The lines of a log from this number on, and which logs there are; {"busy": true} while it is just being read."""
+    with watched.free(_PATIENCE) as free:
+        if not free:
+            return {"busy": True}
         source = chosen(watched.sources, wanted)
         tail = watched.tails.get(source) if source else None
         return {

@@ -23,7 +23,9 @@ from nemotron_launch.ui.rows import Rows
 
 PORT = 8260
 _NEXT = 20  # ports behind it that are tried, where nobody asked for one
-_FIRST = 1.5  # seconds that a page waits for what is read of a run the first time
+# Seconds that an answer waits for what is read of a run the first time: a page, which then asks; what it asks; a report
+# to keep.
+_PAGE, _FIRST, _SAVED = 0.3, 5.0, 60.0
 _PAGES = ("/", "/run", "/report")
 _MOST_RUNS = 120  # of one comparison
 Query = Mapping[str, list[str]]
@@ -138,7 +140,7 @@ class Handler(BaseHTTPRequestHandler):
         if path == "/":
             return pages.list_page(_runs(self.server, {}))
         if path == "/run":
-            return pages.run_page(_named(query), _report(self.server, query))
+            return pages.run_page(_named(query), _report(self.server, query, patience=_PAGE))
         raise Problem(404, "There is no such page.")
 
     def _send_asset(self, name: str) -> None:
@@ -150,7 +152,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _send_report(self, query: Query) -> None:
         """The page that `jobs report` writes, which brings its own policy; save: as a file to keep."""
-        text = pages.report_page(_report(self.server, query))
+        text = pages.report_page(_report(self.server, query, patience=_SAVED))
         more = {"Content-Security-Policy": REPORT_POLICY}
         if "save" in query:
             name = re.sub(r"[^\w.-]", "_", _named(query)[0])
@@ -211,8 +213,8 @@ def _runs(server: Server, query: Query) -> Any:
     return {**found, "away": [text for text in server.places.problems() if text != found["problem"]]}
 
 
-def _report(server: Server, query: Query) -> Any:
-    return run_view.whole(_watched(server, query))
+def _report(server: Server, query: Query, *, patience: float = _FIRST) -> Any:
+    return run_view.whole(_watched(server, query, patience=patience), patience=patience)
 
 
 def _news(server: Server, query: Query) -> Any:
@@ -253,9 +255,9 @@ def _named(query: Query) -> list[str]:
     return names
 
 
-def _watched(server: Server, query: Query, *, log: str | None = None) -> Sequence[Watched]:
+def _watched(server: Server, query: Query, *, log: str | None = None, patience: float = _FIRST) -> Sequence[Watched]:
     watched = [server.places.of(run).watch(run, log) for run in _chosen(server, _named(query))]
-    end = time.monotonic() + _FIRST
+    end = time.monotonic() + patience
     for one in watched:
         (one.has_files if log is None else one.has_logs).wait(max(0.0, end - time.monotonic()))
     return watched

@@ -79,7 +79,7 @@
       if (!visible) return;
       const asked = [name, source];
       const data = await UI.ask("/api/logs", [["run", name], ["source", source], ...(next === null ? [] : [["from", next]])]);
-      if (asked[0] === name && (asked[1] === source)) take(data);
+      if (!data.busy && asked[0] === name && asked[1] === source) take(data);
     }, () => (visible ? (UI.LIVE.has(live()[name].state) ? 1 : 5) : 3600));
 
     again("");

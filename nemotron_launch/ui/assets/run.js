@@ -52,6 +52,7 @@
 
   /** Take the news of one run; whether the page must be told all again. */
   function take(run, news) {
+    if (news && news.busy) return false;
     if (!news || !extend(run.metrics, news.metrics)) return true;
     for (const [name, curve] of Object.entries(news.metrics.of)) {
       const last = curve.y.findLast((value) => value !== null);
@@ -64,17 +65,24 @@
     return false;
   }
 
+  const unread = () => Object.keys(live).length > report.runs.length;
+
+  async function whole() {
+    ({ report, live } = await UI.ask("/api/report", pairs("run", names)));
+    told = Date.now();
+    show();
+  }
+
   async function look() {
     const mine = report.runs;
+    if (unread()) return whole();
     const answer = await UI.ask("/api/news", [...pairs("run", mine.map((run) => run.name)),
       ...pairs("mark", mine.map((run) => live[run.name].mark)), ...pairs("step", mine.map((run) => run.last_step ?? 0))]);
     const before = JSON.stringify(mine.map((run) => [live[run.name], run.last_step, run.updated]));
-    const again = mine.map((run) => take(run, answer.runs[run.name])).some(Boolean) || Object.keys(live).length > mine.length;
+    const again = mine.map((run) => take(run, answer.runs[run.name])).some(Boolean);
     const moving = mine.some((run) => UI.LIVE.has(run.state));
     if (again || (moving && Date.now() - told > WHOLE_EVERY * 1000)) {
-      ({ report, live } = await UI.ask("/api/report", pairs("run", names)));
-      told = Date.now();
-      show();
+      await whole();
     } else if (before !== JSON.stringify(mine.map((run) => [live[run.name], run.last_step, run.updated]))) {
       show();
     }
@@ -116,5 +124,6 @@
   main.append(box, logs);
   addEventListener("hashchange", () => { if (["", "#plots", "#logs"].includes(location.hash)) view(); });
   view();
-  UI.keepLooking(look, () => (Object.values(live).some((now) => UI.LIVE.has(now.state)) ? 1 : 10));
+  const turn = UI.keepLooking(look, () => (unread() ? 0.5 : Object.values(live).some((now) => UI.LIVE.has(now.state)) ? 1 : 10));
+  if (unread()) turn();
 })();
