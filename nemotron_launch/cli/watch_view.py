@@ -293,8 +293,14 @@ def _cells(one: Facts, points: bool, metric: str, width: int, count: int) -> lis
         values = one.metrics.values(metric)
         cells += [Text(_last(values), style="bold cyan"), Text(sparkline(values, 16), style="cyan")]
     if len(cells) < count:
-        cells.append(Text(plain(" ".join(run.overrides)), no_wrap=True, overflow="ellipsis", style="dim"))
+        # Their last words tell points apart: optim.lr=1e-6 is lr=1e-6.
+        told = " ".join(f"{key.rpartition('.')[2]}{is_}{value}" for key, is_, value in map(_parted, run.overrides))
+        cells.append(Text(plain(told), no_wrap=True, overflow="ellipsis", style="dim"))
     return cells
+
+
+def _parted(override: str) -> tuple[str, str, str]:
+    return override.partition("=")
 
 
 def _common(facts: Sequence[Facts]) -> tuple[str, str]:
