@@ -67,10 +67,30 @@ def adds_up(counts: Mapping[str, Any]) -> bool:
 
 
 #: Prepares in small units, so that little data makes many; says how much memory it took at most (KiB).
+#: A fourth argument `stage:count:signal` sends itself a signal when that stage has told so often of what is done.
 SCRIPT = """
-import json, pathlib, resource, sys
-from nemotron_launch.data_prep import run, shards, sources
+import os, pathlib, resource, shutil, sys
+from nemotron_launch.data_prep import engine, progress, run, shards, sources
+
+stage, count, signal = sys.argv[4].split(":") if len(sys.argv) > 4 else ("", 0, 0)
+left, at, move = int(count), progress.Bar.at, shutil.move
+
+def tick(now):
+    global left
+    left -= now == stage
+    if left == 0 and now == stage:
+        os.kill(os.getpid(), int(signal))
+
+def told(self, done):
+    at(self, done)
+    tick(self._stage)
+
+def moved(*paths):
+    move(*paths)
+    tick("publishing")
+
 if __name__ == "__main__":
+    progress.Bar.at, shutil.move = told, moved
     sources.UNIT_BYTES = shards.RANGE_BYTES = int(sys.argv[1])
     code = run.main(pathlib.Path(sys.argv[2]), ["--config", sys.argv[3]])
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
@@ -78,17 +98,19 @@ if __name__ == "__main__":
 """
 
 
-def start(folder: Path, blend: Path, output: Path, *overrides: str, unit: int) -> subprocess.Popen[str]:
-    """Prepare in a process of its own, in units of so many bytes."""
+def prepare_apart(
+    folder: Path, blend: Path, output: Path, *overrides: str, unit: int, at: str = ""
+) -> subprocess.CompletedProcess[str]:
+    """Prepare in a process of its own, in units of so many bytes; with a signal to itself where `at` says."""
     config = folder / f"{output.name}.json"
     config.write_text(json.dumps({**composed(blend, output, *overrides), "run": None}))
     script = folder / "prepare.py"
     script.write_text(SCRIPT)
     path = os.pathsep.join([str(STEP.parents[2]), os.environ.get("PYTHONPATH", "")])
-    return subprocess.Popen(
-        [sys.executable, str(script), str(unit), str(STEP), str(config)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+    return subprocess.run(
+        [sys.executable, str(script), str(unit), str(STEP), str(config), *([at] if at else [])],
+        capture_output=True,
         text=True,
+        timeout=200,
         env={**os.environ, "PYTHONPATH": path},
     )

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import signal
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.data_prep.preparations import contents, run, start, write_blend, write_rows
+from tests.data_prep.preparations import contents, prepare_apart, run, write_blend, write_rows
 
 UNIT = 20_000
 SETTINGS = ("target=dpo", "num_workers=2", "num_shards_per_split=6", "validation_size=0.05", "dedup.near=false")
@@ -37,19 +35,17 @@ def expected(blend: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     return contents(output)
 
 
-def marks(count: int) -> Callable[[Path], bool]:
-    return lambda output: len(list(output.glob(".work/[0-9]*[0-9].json"))) >= count
-
-
-#: Told by what lies in the folder; in the order in which a preparation comes to them.
-MOMENTS: dict[str, Callable[[Path], bool]] = {
-    "before the first unit": lambda output: (output / ".work/state.json").exists(),
-    "after some units": marks(5),
-    "in the last units": marks(25),
-    "while it compares": lambda output: any(output.glob(".work/*.bucket")) or any(output.glob(".work/*.take")),
-    "after some shards": lambda output: len(list(output.glob(".work/train-*.jsonl.json"))) >= 2,
-    "while it publishes": lambda output: any(output.glob("train-*")),
-}
+#: In the order in which a preparation comes to them.
+MOMENTS = (
+    "reading:1",
+    "reading:5",
+    "reading:12",
+    "comparing:1",
+    "comparing:3",
+    "writing:2",
+    "publishing:1",
+    "publishing:4",
+)
 
 
 @pytest.mark.slow
@@ -57,33 +53,24 @@ def test_killed_again_and_again_and_started_again_it_leaves_the_same_bytes(
     tmp_path: Path, blend: Path, expected: dict[str, bytes]
 ) -> None:
     output = tmp_path / "out"
-    for number, reached in enumerate(MOMENTS.values()):
-        process = start(tmp_path, blend, output, *SETTINGS, unit=UNIT)
-        while not reached(output) and process.poll() is None:
-            time.sleep(0.0005)
-        assert number >= 3 or not (output / "manifest.json").exists(), "these moments cannot be missed"
-        process.send_signal(signal.SIGKILL)
-        process.communicate(timeout=60)  # its workers had its pipes too, and are gone
-    again = start(tmp_path, blend, output, *SETTINGS, unit=UNIT)
-    _, said = again.communicate(timeout=120)
-    assert again.returncode == 0, said
+    for moment in MOMENTS:
+        # Its workers have its pipes too: that this returns says that they are gone as well.
+        killed = prepare_apart(tmp_path, blend, output, *SETTINGS, unit=UNIT, at=f"{moment}:{signal.SIGKILL}")
+        assert (moment, killed.returncode) == (moment, -signal.SIGKILL)
+        assert not (output / "manifest.json").exists()
+    again = prepare_apart(tmp_path, blend, output, *SETTINGS, unit=UNIT)
+    assert again.returncode == 0, again.stderr
     assert contents(output) == expected
     assert not (output / ".work").exists()
 
 
 def test_asked_to_stop_it_says_so_and_goes_on_later(tmp_path: Path, blend: Path, expected: dict[str, bytes]) -> None:
     output = tmp_path / "out"
-    process = start(tmp_path, blend, output, *SETTINGS, unit=UNIT)
-    while not marks(3)(output):
-        assert process.poll() is None
-        time.sleep(0.0005)
-    process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 85
-    assert said.splitlines()[-1] == "stopped by SIGTERM: start the same command again to go on"
-    again = start(tmp_path, blend, output, *SETTINGS, unit=UNIT)
-    _, said = again.communicate(timeout=120)
-    assert again.returncode == 0 and "going on with what an earlier attempt has done" in said
+    stopped = prepare_apart(tmp_path, blend, output, *SETTINGS, unit=UNIT, at=f"reading:3:{signal.SIGTERM}")
+    assert stopped.returncode == 85
+    assert stopped.stderr.splitlines()[-1] == "stopped by SIGTERM: start the same command again to go on"
+    again = prepare_apart(tmp_path, blend, output, *SETTINGS, unit=UNIT)
+    assert again.returncode == 0 and "going on with what an earlier attempt has done" in again.stderr
     assert contents(output) == expected
 
 
@@ -99,8 +86,7 @@ def test_memory_does_not_grow_with_the_input(tmp_path: Path) -> None:
                 stream.write(json.dumps({"prompt": f"{i} {words}", "chosen": f"yes {i}", "rejected": "no"}) + "\n")
         assert file.stat().st_size > size * 1_000_000
         blend = write_blend(tmp_path / str(size), [{"path": str(file)}])
-        process = start(tmp_path, blend, tmp_path / f"out-{size}", "target=dpo", "dedup.near=false", unit=1 << 20)
-        out, said = process.communicate(timeout=200)
-        assert process.returncode == 0, said
-        peaks.append(int(out) / 1024)
+        done = prepare_apart(tmp_path, blend, tmp_path / f"out-{size}", "target=dpo", "dedup.near=false", unit=1 << 20)
+        assert done.returncode == 0, done.stderr
+        peaks.append(int(done.stdout) / 1024)
     assert peaks[1] - peaks[0] < 15, f"{peaks} MiB"
