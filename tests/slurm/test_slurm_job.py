@@ -49,7 +49,7 @@ def short_of_time(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) ->
         tmp_path_factory.mktemp("short-of-time"),
         "if ATTEMPT == 0: time.sleep(300)\nprint(os.environ['API_KEY'])",
         nodes=2, max_restarts=1, secrets={"API_KEY": "kept"},
-        options={"time": 2, "signal": "USR1@115", "nodelist": "node[3-4]"},
+        options={"time": 2, "signal": "USR1@115", "nodelist": "node[3-4]", "exclusive": True},
     )  # fmt: skip
     run.submit()
     yield run

@@ -27,7 +27,8 @@ class Site:
         self.jobs = folder / "all jobs"
         self.state = folder / "state"
         self.jobs.mkdir()
-        base = {**SLURM, "account": None, "mem": 100, "python": sys.executable, "time": "00:05:00"}
+        # With little more than 5 minutes Slurm would send the signal to save at once.
+        base = {**SLURM, "account": None, "mem": 100, "python": sys.executable, "time": "00:30:00"}
         profile_file(folder / "profiles", "cluster", {**base, **profile}, remote_job_dir=str(self.jobs))
         self.profiles = folder / "profiles"
 
