@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from types import FrameType
 from typing import Any
@@ -67,7 +67,7 @@ class Files:
         self.files = {one.name: one for one in open_runs(backends, runs, ledger.folder)}
         remote = any(one.host is not None and one.host.name for one in self.files.values())
         self.pace = Pace(3.0, 15.0) if remote else Pace(1.0, 5.0)
-        self._totals: dict[str, int | None] = {}
+        self._configs: dict[str, Mapping[str, Any]] = {}
         self._warned: dict[str, tuple[int, list[dict[str, Any]]]] = {}
 
     def read(self, runs: Sequence[Run]) -> bool:
@@ -84,10 +84,11 @@ class Files:
 
     def facts(self, run: Run, **more: Any) -> Facts:
         one = self.files[run.run_id]
-        if one.config_text and run.run_id not in self._totals:
-            self._totals[run.run_id] = total_steps(config_of(one))
+        if one.config_text and run.run_id not in self._configs:
+            self._configs[run.run_id] = config_of(one)
         metrics = one.metrics()
-        return Facts(run, metrics, self._totals.get(run.run_id), problems=metrics.problems, **more)
+        total = total_steps(metrics, self._configs.get(run.run_id, {}))
+        return Facts(run, metrics, total, problems=metrics.problems, **more)
 
     def warnings(self, run: Run) -> list[dict[str, Any]]:
         one = self.files[run.run_id]

@@ -150,7 +150,7 @@ _BANDS = {
 _PREFERENCE_STEPS = ("train/rewards_chosen_mean", "validation-default/rewards_chosen_mean")
 # Parts of a step's time, in the order in which they happen.
 _PARTS = ("generation", "reward", "logprobs", "policy_training")
-_NOT_DRAWN = {"time", "epoch", "train/wd", "validation/pass_k"}  # pass_k is pass@k again
+_NOT_DRAWN = {"time", "epoch", "total_steps", "train/wd", "validation/pass_k"}  # pass_k is pass@k again
 
 
 def figures_of(names: Iterable[str]) -> list[Figure]:

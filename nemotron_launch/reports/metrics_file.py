@@ -14,6 +14,7 @@ from typing import Any
 _AT_ONCE = 256  # lines that one call of the parser takes
 _MOST_NAMES = 2000  # more than any trainer writes: what a damaged file may hold
 _MOST_PROBLEMS = 20  # named one by one
+_OF_EVERY_LINE = ("time", "epoch", "total_steps")
 _KEPT_BACK = 64  # bytes before the end by which a file is known again
 _NAN = math.nan
 Row = Mapping[str, Any]
@@ -47,7 +48,7 @@ class MetricsFile:
 
     @property
     def names(self) -> list[str]:
-        """The metrics, in the order in which they first came; without step, but with time and epoch."""
+        """The metrics, in the order in which they first came; without step, but with time and the like."""
         return list(self._steps)
 
     @property
@@ -201,13 +202,13 @@ class MetricsFile:
         step = _step(row)
         assert step is not None
         known = self.last.get("step")
-        same = step == known and not any(name in self.last for name in row if name not in ("step", "time", "epoch"))
+        same = step == known and not any(name in self.last for name in row if name not in ("step", *_OF_EVERY_LINE))
         if known is not None and step <= known and not same:
             self.restarts += 1
             self._cut(step)
         self.last = {**self.last, **row} if same else dict(row)
         for name, value in row.items():
-            if name == "step" or (same and name in ("time", "epoch")):
+            if name == "step" or (same and name in _OF_EVERY_LINE):
                 continue
             if value is None or isinstance(value, int | float):
                 self._append(name, step, value)

@@ -105,7 +105,7 @@ def run_data(
         "name": one.name,
         **_row(one, config),
         "last_step": metrics.last_step,
-        "total_steps": total_steps(config),
+        "total_steps": total_steps(metrics, config),
         "updated": _last(metrics.times),
         "config": flat_config(config),
         "metrics": curves(metrics, points),
@@ -147,8 +147,10 @@ def _row(one: RunFiles, config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def total_steps(config: Mapping[str, Any]) -> int | None:
-    """How many steps a run is meant to make at most, as its config says."""
+def total_steps(metrics: MetricsFile, config: Mapping[str, Any]) -> int | None:
+    """How many steps a run will make, as it says itself, or at most, as its config says."""
+    if said := metrics.values("total_steps"):
+        return int(said[-1])
     for section in config.values():
         if isinstance(section, Mapping) and isinstance(section.get("max_num_steps"), int):
             return int(section["max_num_steps"])
@@ -170,7 +172,7 @@ def curves(metrics: MetricsFile, points: int) -> dict[str, Any]:
     known: dict[bytes, int] = {}
     found: dict[str, Any] = {}
     for name in metrics.names:
-        if name == "epoch":
+        if name in ("epoch", "total_steps"):
             continue
         steps, values = metrics.steps(name), metrics.values(name)
         assert isinstance(steps, array)

@@ -61,8 +61,9 @@ def train_log(output_dir: Path) -> Iterator[None]:
 class MetricsLog:
     """The numbers of one attempt, one call of `log` a step; opens `train.log` too. A context manager.
 
-    `metrics.jsonl` has one JSON object a line: step, epoch, time (Unix seconds), then flat keys such as `train/loss`,
-    `validation-default/accuracy`, `timing/train/total`. Infinite and NaN become null, so that every line is valid JSON.
+    `metrics.jsonl` has one JSON object a line: step, epoch, time (Unix seconds), flat keys such as `train/loss`,
+    `validation-default/accuracy`, `timing/train/total`, and inside `progress` the run's total_steps. Infinite and NaN
+    become null, so that every line is valid JSON.
     Lines after `resume_step` are cut off first, all of them when it is 0: that attempt never happened.
 
     logger: the config's `logger` section. config: the whole config, for loggers that keep it. enabled: False on all
@@ -81,6 +82,7 @@ class MetricsLog:
         self._file = -1
         self._loggers: list[MetricLogger] = []
         self._progress = Progress(None)
+        self._total: int | None = None
         self._train_log = contextlib.ExitStack()
         if not enabled:
             return
@@ -94,6 +96,7 @@ class MetricsLog:
     @contextlib.contextmanager
     def progress(self, total_steps: int, start: int) -> Iterator[None]:
         """Show a progress bar meanwhile, if stderr is a terminal."""
+        self._total = total_steps
         self._progress = Progress(total_steps, start=start, stream=sys.stderr if self._file >= 0 else None)
         try:
             yield
@@ -109,6 +112,8 @@ class MetricsLog:
             return
         flat = flatten(metrics)
         line = {"step": step, "epoch": epoch, "time": round(time.time(), 3), **flat}
+        if self._total is not None:
+            line["total_steps"] = self._total
         text = json.dumps({key: _finite(value) for key, value in line.items()}, allow_nan=False)
         try:
             os.write(self._file, f"{text}\n".encode())

@@ -44,6 +44,12 @@ def test_a_step_is_one_line_of_flat_keys(tmp_path):
     }
 
 
+def test_a_line_says_how_many_steps_the_run_will_make(tmp_path):
+    with MetricsLog(tmp_path, OFF) as metrics, metrics.progress(7, 0):
+        metrics.log(1, 0, {"train/loss": 1.0})
+    assert [line["total_steps"] for line in lines(tmp_path)] == [7]
+
+
 def test_a_line_is_in_the_file_before_log_returns(tmp_path):
     metrics = MetricsLog(tmp_path, OFF)
     metrics.log(1, 0, {"train/loss": 1.0})
