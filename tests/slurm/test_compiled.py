@@ -22,7 +22,7 @@ def jobs(tree: Path, tmp_path: Path) -> Path:
     folder = tmp_path / "all jobs"
     folder.mkdir()
     base = {**SLURM, "account": None, "partition": "debug", "mem": 100, "python": sys.executable}
-    profile_file(Path("profiles"), "cluster", base, remote_job_dir=str(folder), time="00:05:00")
+    profile_file(Path("profiles"), "cluster", base, remote_job_dir=str(folder), time="00:30:00")
     return folder
 
 

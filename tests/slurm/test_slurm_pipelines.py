@@ -31,7 +31,7 @@ Pipeline = Callable[..., "subprocess.CompletedProcess[str]"]
 @pytest.fixture
 def pipeline(cluster: Cluster, tree: Path, nemotron: Nemotron, tmp_path: Path) -> Iterator[Pipeline]:
     """`nemotron pipeline run|status pair.yaml …` with the profile `cluster`; cancels what a failed test leaves."""
-    profile = {**SLURM, "account": None, "mem": 100, "python": sys.executable, "time": "00:05:00"}
+    profile = {**SLURM, "account": None, "mem": 100, "python": sys.executable, "time": "00:30:00"}
     profile_file(tmp_path / "profiles", "cluster", profile, remote_job_dir=str(tmp_path / "jobs"))
     (tmp_path / "jobs").mkdir()
     Path("pair.yaml").write_text(PIPELINE)
