@@ -9,15 +9,12 @@ import sys
 import traceback
 from pathlib import Path
 from types import FrameType
-from typing import Any
-
-import yaml
 
 from nemotron_launch.artifacts import record
 from nemotron_launch.data_prep import engine
 from nemotron_launch.errors import UserError
 from nemotron_launch.trainer import exit_codes, output_lock
-from nemotron_launch.trainer.file_errors import file_error
+from nemotron_launch.trainer.config_file import read_config
 from nemotron_launch.trainer.metrics import train_log
 
 log = logging.getLogger(__name__)
@@ -35,7 +32,7 @@ def main(step_dir: Path, argv: list[str] | None = None) -> int:
     for signo in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(signo, _stop)
     try:
-        config = _read_config(path)
+        config = read_config(path)
         folder = Path(config["output_dir"]).expanduser()
         with train_log(folder), output_lock.hold(folder):
             made = engine.prepare(config, step_dir)
@@ -55,15 +52,3 @@ def main(step_dir: Path, argv: list[str] | None = None) -> int:
 
 def _stop(signo: int, _frame: FrameType | None) -> None:
     raise _Stopped(f"stopped by {signal.Signals(signo).name}")
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise file_error(error) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError("is not YAML", where=str(path), hint=str(error)) from error
-    if not isinstance(config, dict) or "output_dir" not in config:
-        raise UserError("is not a composed config", where=str(path), hint="nemotron steps run composes one")
-    return config

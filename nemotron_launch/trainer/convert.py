@@ -34,12 +34,12 @@ from nemotron_launch.trainer.checkpoints import (
     weights_dir,
 )
 from nemotron_launch.trainer.file_errors import why_not_written
+from nemotron_launch.trainer.hf import read_json
 from nemotron_launch.trainer.hf_folders import (
     FolderWriter,
     config_of,
     copy_tokenizer,
     has_tokenizer,
-    read_json,
     write_json,
 )
 from nemotron_launch.trainer.megatron import checkpoint_tensors, parallel

@@ -204,7 +204,7 @@ def read_config(folder: Path) -> Architecture:
             found = step or folder
             hint = f"it is a Megatron checkpoint:  nemotron steps run convert/megatron_to_hf megatron_path={found}"
         raise UserError("is not a Hugging Face model folder: it has no config.json", where=str(folder), hint=hint)
-    return hf_architecture(_read_json(path), where=str(path))
+    return hf_architecture(read_json(path), where=str(path))
 
 
 class StoredWeights:
@@ -216,7 +216,7 @@ class StoredWeights:
     def __init__(self, folder: Path, a: Architecture) -> None:
         self.folder, self.architecture = folder, a
         if (folder / INDEX).exists():
-            self.places = dict(_read_json(folder / INDEX).get("weight_map") or {})
+            self.places = dict(read_json(folder / INDEX).get("weight_map") or {})
         elif (folder / WHOLE).exists():
             with self._opened(WHOLE) as file:
                 self.places = dict.fromkeys(file.keys(), WHOLE)
@@ -275,7 +275,10 @@ def open_weights(folder: Path, a: Architecture) -> StoredWeights:
     return StoredWeights(folder, a)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON mapping; empty where there is no file. UserError where it is something else."""
+    if not path.is_file():
+        return {}
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -12,7 +12,6 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from nemotron_launch.errors import UserError
 from nemotron_launch.trainer.architecture import Architecture, hf_config
 from nemotron_launch.trainer.checkpoints import fsync, fsync_tree
 from nemotron_launch.trainer.hf import INDEX, STORED_DTYPES, WHOLE, hf_names, hf_shape
@@ -137,19 +136,6 @@ def has_tokenizer(folder: Path) -> bool:
     """Whether a folder holds a tokenizer, not just a generation config."""
     names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
     return any((folder / name).is_file() for name in names)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON mapping; empty where there is no file. UserError where it is something else."""
-    if not path.is_file():
-        return {}
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"is not JSON: {error}", where=str(path)) from error
-    if not isinstance(values, dict):
-        raise UserError("holds no mapping", where=str(path))
-    return values
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

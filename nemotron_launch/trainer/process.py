@@ -13,13 +13,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from nemotron_launch.artifacts import record
 from nemotron_launch.errors import UserError
 from nemotron_launch.trainer import exit_codes
 from nemotron_launch.trainer.agreement import SharedError
-from nemotron_launch.trainer.file_errors import file_error
+from nemotron_launch.trainer.config_file import read_config
 from nemotron_launch.trainer.megatron import parallel
 from nemotron_launch.trainer.metrics import train_log
 
@@ -37,7 +35,7 @@ def run_process(step_dir: Path, work: Callable[[Config], int], argv: list[str] |
     rank = int(os.environ.get("RANK", "0"))
     try:
         config_path = _arguments(argv).config
-        config = _read_config(config_path)
+        config = read_config(config_path)
         with train_log(Path(config["output_dir"])) if rank == 0 else contextlib.nullcontext():
             code = work(config)
             if code == exit_codes.FINISHED and rank == 0:
@@ -70,15 +68,3 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--config", type=Path, required=True, help="the composed config")
     return parser.parse_args(argv)
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise file_error(error) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError("is not YAML", where=str(path), hint=str(error)) from error
-    if not isinstance(config, dict) or "output_dir" not in config:
-        raise UserError("is not a composed config", where=str(path), hint="nemotron steps run composes one")
-    return config
