@@ -59,6 +59,12 @@ class RunFiles:
     def path(self, name: str) -> str:
         return posixpath.join(self.output_dir, name)
 
+    @property
+    def configs(self) -> list[str]:
+        """Where its config may lie: among the run's own files, or beside its metrics."""
+        own = [posixpath.join(self.run.state_dir, CONFIG)] if self.run else []
+        return [*own, self.path(CONFIG)]
+
     # What `update` reads, and what it brings.
 
     def _wanted(self) -> dict[str, int]:
@@ -176,11 +182,11 @@ def _update_small(host: Host, group: Sequence[RunFiles]) -> None:
         for entry in entries or ():
             if entry.name == SAMPLES and entry.size != one._samples_size:
                 sizes[one.path(SAMPLES)] = entry.size
-    wanted = {one.path(CONFIG): 0 for one in group if not one.config_text}
+    wanted = {path: 0 for one in group if not one.config_text for path in one.configs}
     wanted |= {path: max(0, size - _SAMPLES_KEPT) for path, size in sizes.items()}
     read = host.read(wanted, limit=_SAMPLES_KEPT) if wanted else {}
     for one in group:
-        if text := read.get(one.path(CONFIG)):
+        if text := next((read[path] for path in one.configs if read.get(path)), b""):
             one.config_text = text.decode(errors="replace")
         path = one.path(SAMPLES)
         if path in read:
@@ -233,6 +239,8 @@ def missing(one: RunFiles) -> UserError | None:
     if problems := one.metrics().problems:
         where = posixpath.join(one.output_dir, problems[0].partition(": ")[0])
         return UserError(f"nothing in the metrics of {one.name} can be read", where=where, exit_code=1)
+    if run and run.state == "finished" and one.there:
+        return None  # a step that writes none: there is its config, and what it made
     state = f"is {run.state} and " if run else ""
     return UserError(f"{one.name} {state}has no metrics yet", where=one.path(METRICS), exit_code=1)
 

@@ -161,6 +161,17 @@ def test_a_removed_run_is_one_clear_message(tmp_path: Path) -> None:
     assert "new is pending and has no metrics yet" in str(missing(one))
 
 
+def test_a_finished_run_of_a_step_without_metrics_has_its_own_config(tmp_path: Path) -> None:
+    run = row("prepared", output_dir=str(tmp_path / "out"), state_dir=str(tmp_path / "run"), state="finished")
+    for folder, target in (("run", "dpo"), ("out", "of an earlier run")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "config.yaml").write_text(f"target: {target}\n")
+    one = RunFiles("prepared", run.output_dir, Here(), run=run)
+    update([one], quiet)
+    assert missing(one) is None
+    assert config_of(one) == {"target": "dpo"}
+
+
 def test_names_are_runs_or_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "folder", 1)
