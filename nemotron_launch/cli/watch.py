@@ -153,6 +153,8 @@ class Screen:
         self.known, self._dirty = known, True
         self.files.pace.now()
         if self._lines:
+            if known.run.state not in LIVE:  # its end is the last that is told
+                self.look()
             self._lines.state(known.run)
 
     def notice(self, text: str) -> None:
