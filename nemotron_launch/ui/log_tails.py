@@ -50,7 +50,7 @@ class Tail:
         first = self._count - len(self._lines)
         start = max(first, self._count - most, first if number is None else min(number, self._count))
         lines = [self._lines[at] for at in range(start - first, len(self._lines))]
-        return {"lines": lines, "first": start, "next": self._count, "cut": self.cut or start > 0}
+        return {"lines": lines, "first": start, "next": self._count, "cut": self.cut or start > (number or 0)}
 
     def _take(self, data: bytes) -> None:
         lines = data[:-1].split(b"\n")

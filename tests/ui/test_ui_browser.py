@@ -139,6 +139,7 @@ def test_logs_are_followed(pages: Pages, browser: Browser, live: LiveRun, width:
     assert browser.run(lines)[2].startswith("step 3 loss 1.")
     live.go_on(60)
     browser.until("return document.querySelectorAll('.log .line').length === 60", "sixty lines")
+    assert "The end of the log" not in browser.text(".log")
     at_end = "const a = document.querySelector('.log'); return a.scrollHeight - a.scrollTop - a.clientHeight < 5"
     browser.until(at_end, "the end in view")
     browser.type(".logbar input[type=search]", "step 4")

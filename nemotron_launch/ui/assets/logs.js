@@ -6,7 +6,7 @@
   const BAD = /\b(error|exception|traceback|fatal|failed|killed)\b/i, WARN = /\bwarn(ing)?\b/i;
 
   UI.logs = (box, names, live) => {
-    let name = names[0], source = "", next = null, follows = true, visible = false, mark = "";
+    let name = names[0], source = "", showing = "", partial = false, next = null, follows = true, visible = false, mark = "";
     const runs = h("select", { "aria-label": "Run", hidden: names.length < 2, onchange: () => { name = runs.value; again(""); } },
       ...names.map((one) => h("option", { value: one }, one)));
     const sources = h("select", { "aria-label": "Log", onchange: () => again(sources.value) });
@@ -28,7 +28,7 @@
     }
 
     function again(wanted) {
-      [source, next, mark, follows] = [wanted, null, "", true];
+      [source, showing, partial, next, mark, follows] = [wanted, "", false, null, "", true];
       area.replaceChildren(note, newer);
       note.textContent = "Reading \u2026";
       turn();
@@ -45,6 +45,13 @@
     }
 
     function take(data) {
+      // Where nobody has chosen one, the job's script is shown only until a node speaks.
+      if (source === "" && !data.source.endsWith("/job")) source = data.source;
+      if (showing && data.source !== showing) {
+        again(source);
+        return;
+      }
+      showing = data.source;
       const known = JSON.stringify(data.sources);
       if (known !== mark) {
         mark = known;
@@ -53,7 +60,6 @@
         sources.hidden = data.sources.length < 2;
       }
       if (sources.value !== data.source && data.source) sources.value = data.source;
-      if (source === "" && data.source) source = data.source;
       if (next !== null && data.first > next) area.querySelectorAll(".line").forEach((line) => line.remove()); // too fast to keep all
       next = data.next;
       for (const text of data.lines) {
@@ -64,8 +70,8 @@
       }
       const lines = area.getElementsByClassName("line");
       for (let over = lines.length - MOST; over > 0; over -= 1) lines[0].remove();
-      const cut = data.cut || data.next > MOST;
-      note.textContent = !data.next ? nothing(data) : cut ? `The end of the log; all of it:  nemotron jobs logs ${name}` : "";
+      partial ||= data.cut || data.next > MOST;
+      note.textContent = !data.next ? nothing(data) : partial ? `The end of the log; all of it:  nemotron jobs logs ${name}` : "";
       note.hidden = !note.textContent;
       if (follows && data.lines.length) toEnd();
     }
