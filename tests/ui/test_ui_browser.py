@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import time
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from nemotron_launch.backends.local_client import OUT
 from nemotron_launch.jobs.ledger import Ledger
 from nemotron_launch.jobs.run import Run, State
 from tests.browser import LAPTOP, PHONE, Browser
@@ -147,6 +149,22 @@ def test_logs_are_followed(pages: Pages, browser: Browser, live: LiveRun, width:
     live.end(0)
     browser.until("return document.querySelectorAll('.log .line').length === 61", "the last words")
     assert browser.run("return document.querySelector('.log .line:last-of-type b')") is None  # <b> is text
+    quiet(browser)
+
+
+def test_the_job_script_makes_way_for_the_first_node(pages: Pages, browser: Browser, tmp_path: Path) -> None:
+    run = row("a-run", tmp_path, state="running", host=os.uname().nodename)
+    with Ledger() as ledger:
+        ledger.add([run])
+    logs = Path(run.state_dir) / "logs" / "attempt-0"
+    logs.mkdir(parents=True)
+    (Path(run.state_dir) / OUT).write_text("the node begins\n")
+    browser.open(pages.address)
+    browser.driver.get(f"{pages.base}/run?run=a-run#logs")
+    lines = "return [...document.querySelectorAll('.log .line')].map(e => e.textContent).join() === '{}'"
+    browser.until(lines.format("the node begins"), "the script's line")
+    (logs / "node-0.log").write_text("step 1\nstep 2\n")
+    browser.until(lines.format("step 1,step 2"), "the node's lines")
     quiet(browser)
 
 
