@@ -257,6 +257,25 @@ def is_a(types: dict[str, ArtifactType], special: str, general: str) -> bool:
     return False
 
 
+def conversion(made_type: str, wanted: str, named: str) -> str | None:
+    """The command that converts one type into another, where a step does. named: what the config has at its key."""
+    types, steps = load_artifacts(), {step.id: step for step in load_steps()}
+    kind = types.get(made_type)
+    while kind is not None:
+        for target, step_id in kind.convert_to.items():
+            if is_a(types, target, wanted) and step_id in steps:
+                given = _input(steps[step_id].consumes, made_type, named)
+                return f"convert it first:  nemotron steps run {step_id} {given}"
+        kind = types.get(kind.is_a or "")
+    return None
+
+
+def _input(ports: Iterable[Port], type_name: str, named: str) -> str:
+    types = load_artifacts()
+    key = next((port.key for port in ports if is_a(types, type_name, port.type)), "")
+    return f"{key}={named or '…'}" if key else ""
+
+
 def _manifests(folder: Path) -> Iterator[Path]:
     """Every step.yaml, not looking below a step (its data may be large) nor into hidden folders."""
     manifest = folder / "step.yaml"

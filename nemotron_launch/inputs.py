@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemotron_launch import crosschecks
-from nemotron_launch.catalog import Step, find_config, find_step, is_a, load_artifacts, load_steps
+from nemotron_launch.catalog import Step, conversion, find_config, find_step, is_a, load_artifacts, load_steps
 from nemotron_launch.config.compose import Composed
 from nemotron_launch.errors import UserError
 from nemotron_launch.frozen import frozen
@@ -194,7 +194,7 @@ def _check_model(artifact: Artifact, path: Path) -> None:
             raise _WrongKind(
                 f"{artifact.value} is a Hugging Face model, not a checkpoint_megatron",
                 where=artifact.key,
-                hint=f"convert it first:  nemotron steps run convert/hf_to_megatron hf_path={artifact.value}",
+                hint=conversion("checkpoint_hf", artifact.type, str(artifact.value)),
             )
         resolve_checkpoint(path, where=artifact.key)
         return
@@ -205,7 +205,7 @@ def _check_model(artifact: Artifact, path: Path) -> None:
         raise _WrongKind(
             f"{artifact.value} is a Megatron checkpoint, not a {artifact.type}",
             where=artifact.key,
-            hint=f"convert it first:  nemotron steps run convert/megatron_to_hf megatron_path={artifact.value}",
+            hint=conversion("checkpoint_megatron", artifact.type, str(artifact.value)),
         )
 
 

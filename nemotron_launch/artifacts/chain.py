@@ -8,14 +8,14 @@ with a record.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from nemotron_launch.artifacts import identity
 from nemotron_launch.artifacts.identity import BYTES, DEFAULT, Tokens
 from nemotron_launch.artifacts.record import Made
-from nemotron_launch.catalog import Port, Step, is_a, load_artifacts, load_steps
+from nemotron_launch.catalog import Port, Step, conversion, is_a, load_artifacts
 from nemotron_launch.config.compose import Composed
 from nemotron_launch.errors import UserError
 from nemotron_launch.trainer.data.manifest import check_rows_for
@@ -97,7 +97,7 @@ def check_type(made_type: str, step: Step, key: str, *, what: str, where: str | 
     fits = any(is_a(types, made_type, port.type) for port in ports)
     if fits and elsewhere is None:
         return
-    convert = next((text for port in ports if (text := _conversion(made_type, port.type, named))), None)
+    convert = next((text for port in ports if (text := conversion(made_type, port.type, named))), None)
     hint = f"{elsewhere}={named or '…'} takes it" if elsewhere else None
     hint = hint if fits else convert or hint
     raise UserError(f"{key} takes a {ports[0].type}; {what} is a {made_type}", where=where, hint=hint)
@@ -232,25 +232,6 @@ def _shape(config: Mapping[str, Any], step_dir: Path | None) -> dict[str, Any] |
 
 def _ports(step: Step, key: str) -> list[Port]:
     return [port for port in step.consumes if port.key == key]
-
-
-def _conversion(made_type: str, wanted: str, named: str) -> str | None:
-    """The command that converts one type into another, where a step does."""
-    types, steps = load_artifacts(), {step.id: step for step in load_steps()}
-    kind = types.get(made_type)
-    while kind is not None:
-        for target, step_id in kind.convert_to.items():
-            if is_a(types, target, wanted) and step_id in steps:
-                given = _input(steps[step_id].consumes, made_type, named)
-                return f"convert it first:  nemotron steps run {step_id} {given}"
-        kind = types.get(kind.is_a or "")
-    return None
-
-
-def _input(ports: Iterable[Port], type_name: str, named: str) -> str:
-    types = load_artifacts()
-    key = next((port.key for port in ports if is_a(types, type_name, port.type)), "")
-    return f"{key}={named or '…'}" if key else ""
 
 
 def _shown(one: Typed, key: str) -> str:
